@@ -1,0 +1,95 @@
+// The ISA levels in this build (PVL_HAVE_<level>), what this CPU can run, and the level in use.
+#pragma once
+
+#include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "cpu/info_nce.h"
+
+namespace perfvl {
+
+struct Level {
+  const char* name;
+  bool (*supported)();
+  const InfoNceKernel* info_nce;
+};
+
+#if defined(__x86_64__)
+inline bool cpuid_bit(unsigned leaf, unsigned subleaf, int reg, int bit) {
+  unsigned r[4] = {0, 0, 0, 0};
+  return __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1u);
+}
+inline bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid_bit(1, 0, 2, 29);  // the last: F16C
+}
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && has_avx2();
+}
+inline bool has_avx512_bf16() { return has_avx512() && cpuid_bit(7, 1, 0, 5); }
+inline bool has_amx() {
+  // AMX tiles are off until the process asks Linux for them: ARCH_REQ_XCOMP_PERM of XTILEDATA.
+  constexpr long request_permission = 0x1023, xtiledata = 18;
+  return has_avx512_bf16() && cpuid_bit(7, 0, 3, 22) && cpuid_bit(7, 0, 3, 24) &&
+         syscall(SYS_arch_prctl, request_permission, xtiledata) == 0;
+}
+#endif
+inline bool has_baseline() { return true; }
+
+#define PVL_DECLARE(level)             \
+  namespace level {                    \
+  extern const InfoNceKernel info_nce; \
+  }
+#define PVL_LEVEL(level) {#level, has_##level, &level::info_nce},
+
+#if defined(PVL_HAVE_amx)
+PVL_DECLARE(amx)
+#endif
+#if defined(PVL_HAVE_avx512_bf16)
+PVL_DECLARE(avx512_bf16)
+#endif
+#if defined(PVL_HAVE_avx512)
+PVL_DECLARE(avx512)
+#endif
+#if defined(PVL_HAVE_avx2)
+PVL_DECLARE(avx2)
+#endif
+PVL_DECLARE(baseline)
+
+// Best first.
+inline const Level* levels_begin() {
+  static const Level levels[] = {
+#if defined(PVL_HAVE_amx)
+      PVL_LEVEL(amx)
+#endif
+#if defined(PVL_HAVE_avx512_bf16)
+      PVL_LEVEL(avx512_bf16)
+#endif
+#if defined(PVL_HAVE_avx512)
+      PVL_LEVEL(avx512)
+#endif
+#if defined(PVL_HAVE_avx2)
+      PVL_LEVEL(avx2)
+#endif
+      PVL_LEVEL(baseline){nullptr, nullptr, nullptr},
+  };
+  return levels;
+}
+
+// The level of this name if the CPU can run it, else null. Without a name: the best this CPU can run.
+inline const Level* find_level(const char* name) {
+  for (const Level* level = levels_begin(); level->name; ++level)
+    if ((!name || !std::strcmp(name, level->name)) && level->supported()) return level;
+  return nullptr;
+}
+
+inline const Level*& current_level() {
+  static const Level* level = find_level(nullptr);
+  return level;
+}
+
+}  // namespace perfvl

@@ -1,0 +1,113 @@
+// Float vectors as wide as the compiled ISA level, on the compiler's vector types: one source for every level.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/common.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace perfvl {
+namespace PVL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+
+template <class V, class T>
+inline V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+inline void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline IntVec bits(Vec v) { return (IntVec)v; }
+inline Vec from_bits(IntVec v) { return (Vec)v; }
+
+// The larger lane by lane; NaN in `b` is kept, NaN in `a` is not.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 1 where a >= b, else 0.
+inline IntVec at_least(Vec a, Vec b) { return (a >= b) & 1; }
+
+template <class F>
+inline float fold(Vec v, F f) {
+  float lanes[kLanes];
+  store(lanes, v);
+  float x = lanes[0];
+  for (int i = 1; i < kLanes; ++i) x = f(x, lanes[i]);
+  return x;
+}
+inline float sum(Vec v) {
+  return fold(v, [](float a, float b) { return a + b; });
+}
+inline float largest(Vec v) {
+  return fold(v, [](float a, float b) { return a > b ? a : b; });
+}
+
+// 2^x for x <= 120, relative error 1.6e-7, exactly 1 at 0. Below 2^-126 it stays there; NaN gives NaN.
+inline Vec exp2(Vec x) {
+  x = max(broadcast(-126.f), x);
+  // Adding 1.5 * 2^23 + 127 rounds x to an integer n and leaves the biased exponent n + 127 in the low mantissa bits.
+  const float magic = 12582912.f + 127.f;
+  Vec shifted = x + magic;
+  Vec r = x - (shifted - magic);
+  Vec p = r * 1.326472715e-03f + 9.671512643e-03f;
+  p = p * r + 5.550733743e-02f;
+  p = p * r + 2.402224209e-01f;
+  p = p * r + 6.931469776e-01f;
+  p = p * r + 1.f;
+  return p * from_bits(bits(shifted) << 23);
+}
+
+inline Vec widen_bfloat(HalfVec h) { return from_bits(__builtin_convertvector(h, IntVec) << 16); }
+inline Vec widen_half(HalfVec h) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)h);
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps((__m128i)h);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(h[i]);
+  return v;
+#endif
+}
+
+// Round to nearest even, NaN kept.
+inline uint16_t float_to_bfloat(float x) {
+  uint32_t b;
+  std::memcpy(&b, &x, 4);
+  if ((b & 0x7fffffffu) > 0x7f800000u) return uint16_t(b >> 16 | 0x40u);
+  return uint16_t((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
+}
+inline HalfVec narrow_bfloat(Vec v) {
+  IntVec b = bits(v);
+  IntVec rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+  IntVec quiet = b >> 16 | 0x40;
+  return __builtin_convertvector(v == v ? rounded : quiet, HalfVec);
+}
+
+}  // namespace PVL_ISA
+}  // namespace perfvl

@@ -1,0 +1,148 @@
+// The CPU side of perfvl's torch ops: tensors in, raw pointers to the kernels. Built on libtorch's stable ABI, so one
+// binary serves every torch from 2.11 on. Schemas are defined in Python (perfvl/ops), as is every check of arguments.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace perfvl {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor empty_dense(std::vector<int64_t> sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+Tensor empty_float(std::vector<int64_t> sizes) { return empty_dense(std::move(sizes), aoti_torch_dtype_float32()); }
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, "perfvl: float32, bfloat16 or float16 expected");
+  }
+}
+
+Matrix matrix(const Tensor& t) {
+  return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1), dtype_of(t)};
+}
+
+void run_parallel(int64_t n, void* state, void (*body)(void*, int64_t)) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(state, i);
+  });
+}
+
+Tensor view_float(const float* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes, strides, 0, aoti_torch_dtype_float32(),
+                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// torch's own product: its BLAS, its precision settings. Inside parallel_for it runs on the calling thread alone.
+void gemm(void*, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t c_stride, bool accumulate) {
+  Tensor left = view_float(a.data, m, k, a.row_stride, a.col_stride), right = view_float(b.data, k, n, b.row_stride, b.col_stride);
+  Tensor out = view_float(c, m, n, c_stride, 1);
+  STABLE_TORCH_ERROR_CODE_CHECK(accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0)
+                                           : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+}
+
+float read_float(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return float(*static_cast<const double*>(t.const_data_ptr()));
+    case ScalarType::Float: return *static_cast<const float*>(t.const_data_ptr());
+    default: {
+      uint16_t h = *static_cast<const uint16_t*>(t.const_data_ptr());
+      return t.scalar_type() == ScalarType::Half ? half_to_float(h) : bfloat_to_float(h);
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& positive, const Tensor& queue,
+                                                                    double temperature, std::optional<Tensor> temperature_tensor,
+                                                                    std::optional<Tensor> valid, ScalarType compute_dtype,
+                                                                    int64_t reduction, bool with_rank, bool with_grad) {
+  int64_t rows = query.size(0), dim = query.size(1);
+  InfoNceArgs args{};
+  args.query = matrix(query), args.positive = matrix(positive), args.queue = matrix(queue);
+  if (valid) {
+    int64_t count = *static_cast<const int64_t*>(valid->const_data_ptr());
+    args.queue.rows = std::clamp<int64_t>(count, 0, args.queue.rows);
+  }
+  args.scale = float(1.0 / (temperature_tensor ? double(read_float(*temperature_tensor)) : temperature));
+  args.bfloat16_products = compute_dtype == ScalarType::BFloat16;
+  bool mean = reduction == 1, reduce = reduction != 0;
+  args.row_factor = mean ? 1.f / float(rows) : 1.f;
+
+  Tensor loss = empty_float({rows}), lse = empty_float({rows}), positive_logit = empty_float({rows});
+  Tensor rank = empty_dense({with_rank ? rows : 0}, aoti_torch_dtype_int32());
+  Tensor grad_query = empty_float({with_grad ? rows : 0, dim}), positive_weight = empty_float({with_grad ? rows : 0});
+  auto floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  args.loss = floats(loss), args.lse = floats(lse), args.positive_logit = floats(positive_logit);
+  if (with_rank) args.rank = static_cast<int32_t*>(rank.mutable_data_ptr());
+  if (with_grad) args.grad_query = floats(grad_query), args.positive_weight = floats(positive_weight);
+  args.host = {nullptr, int64_t(torch::stable::get_num_threads()), run_parallel, gemm};
+
+  if (rows > 0) {
+    const InfoNceKernel& kernel = *current_level()->info_nce;
+    Tensor scratch = empty_dense({kernel.scratch_bytes(args)}, aoti_torch_dtype_uint8());
+    kernel.run(args, scratch.mutable_data_ptr());
+  }
+  if (reduce) {
+    double total = 0;
+    for (int64_t i = 0; i < rows; ++i) total += args.loss[i];
+    loss = empty_float({});
+    *floats(loss) = float(mean ? total / double(rows) : total);
+  }
+  return {loss, lse, positive_logit, rank, grad_query, positive_weight};
+}
+
+std::string isa() { return current_level()->name; }
+
+// For tests: every level this machine can run, in one process.
+void set_isa(std::string name) {
+  const Level* level = find_level(name.c_str());
+  STD_TORCH_CHECK(level, "perfvl: this CPU or this build has no level ", name);
+  current_level() = level;
+}
+
+std::vector<std::string> isa_levels() {
+  std::vector<std::string> names;
+  for (const Level* level = levels_begin(); level->name; ++level)
+    if (level->supported()) names.push_back(level->name);
+  return names;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(perfvl, CPU, m) { m.impl("info_nce", TORCH_BOX(&info_nce)); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(perfvl, m) {
+  m.def("_isa() -> str");
+  m.def("_set_isa(str level) -> ()");
+  m.def("_isa_levels() -> str[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(perfvl, CompositeExplicitAutograd, m) {
+  m.impl("_isa", TORCH_BOX(&isa));
+  m.impl("_set_isa", TORCH_BOX(&set_isa));
+  m.impl("_isa_levels", TORCH_BOX(&isa_levels));
+}
+
+}  // namespace perfvl

@@ -1,0 +1,17 @@
+"""perfvl: fused layers and losses for vision and vision-language training.
+
+Functions live in :mod:`perfvl.functional`, layers and losses in :mod:`perfvl.nn`. Importing needs neither a GPU, nor
+Triton, nor a compiled library: ``python -m perfvl info`` says what runs where, and why.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from perfvl import functional, nn
+from perfvl.backends import use_backend
+
+try:
+    __version__ = version("perfvl")
+except PackageNotFoundError:  # a source folder on sys.path
+    __version__ = "0.0.0"
+
+__all__ = ["functional", "nn", "use_backend"]

@@ -1,0 +1,125 @@
+"""Which backend runs what on this machine, and why not another."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Backend = Literal["native", "triton", "reference"]
+_PACKAGE = Path(__file__).parent
+_forced = "auto"
+
+
+class use_backend:  # noqa: N801 - reads as a function: use_backend("reference") or with use_backend("reference"):
+    """Sets the backend of every op: "auto" (the fastest right one) or "reference" (plain PyTorch).
+
+    Takes effect at once; as a context manager it is undone on leaving.
+
+    Raises:
+        ValueError: for any other name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _forced
+        if name not in ("auto", "reference"):
+            raise ValueError(f'use_backend: `name` got {name!r}, expected "auto" or "reference"')
+        self._before = _forced
+        _forced = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+def _build_info() -> dict:
+    file = _PACKAGE / "_build.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _load(name: str, missing: str) -> str | None:
+    """Loads one of the package's libraries; returns why it could not, or None."""
+    file = _PACKAGE / f"{name}.abi3.so"
+    if not file.exists():
+        if not (_PACKAGE / "_build.json").exists():
+            return (
+                f"perfvl was imported from its source folder {_PACKAGE}, which was not built in place: "
+                "run `pip install -e .` there, or leave this folder"
+            )
+        return str(_build_info().get(missing, f"{file.name} is missing"))
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        return f"{file.name} did not load with torch {torch.__version__}: {error}"
+    return None
+
+
+CPU_MISSING = _load("_C", "native_reason")
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Why the CUDA C++ kernels are not there, or None. First asked when a CUDA tensor arrives: import touches no GPU."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is available"
+    return _load("_cuda", "cuda_reason")
+
+
+@functools.cache
+def triton_missing(device_index: int = 0) -> str | None:
+    """Why Triton kernels cannot run on this CUDA device, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is available"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def choose(device: torch.device, cuda: Literal["native", "triton"]) -> Backend:
+    """The backend for an op whose CUDA kernels are of kind `cuda`. Depends on the device alone, never on data."""
+    if _forced == "reference":
+        return "reference"
+    if device.type == "cpu":
+        return "reference" if CPU_MISSING else "native"
+    if device.type == "cuda":
+        missing = triton_missing(device.index or 0) if cuda == "triton" else cuda_missing()
+        return "reference" if missing else cuda
+    return "reference"
+
+
+def info() -> str:
+    """What ``python -m perfvl info`` prints: versions, and for CPU and CUDA the backend and the reason."""
+    import perfvl
+
+    lines = [
+        f"perfvl {perfvl.__version__}   torch {torch.__version__}   python {sys.version.split()[0]}   {_PACKAGE}",
+        f"forced backend: {_forced}",
+        "",
+    ]
+    build = _build_info()
+    if CPU_MISSING:
+        lines.append(f"cpu   reference (plain PyTorch): {CPU_MISSING}")
+    else:
+        levels = list(torch.ops.perfvl._isa_levels())
+        lines.append(f"cpu   native C++, level {torch.ops.perfvl._isa()} of {', '.join(levels)}; {torch.get_num_threads()} threads")
+        lines.append(f"      built with {build['native']['compiler']}")
+    for name, missing in (("triton", triton_missing()), ("c++", cuda_missing())):
+        lines.append(f"cuda  {name}: {'reference instead, ' + missing if missing else torch.cuda.get_device_name()}")
+    if build.get("cuda"):
+        lines.append(f"      C++ kernels built for sm_{', sm_'.join(build['cuda']['archs'])}")
+    lines += ["", "op         cpu        cuda"]
+    cpu = "reference" if CPU_MISSING else "native"
+    lines.append(f"{'info_nce':<10} {cpu:<10} {'reference' if triton_missing() else 'triton'}")
+    lines.append("float64 inputs always run the reference.")
+    return "\n".join(lines)

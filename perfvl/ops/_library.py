@@ -1,0 +1,78 @@
+"""What every op shares: the torch.library namespace, and argument checks that name argument, got and expected."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+# Schemas live in Python, so that an op's name exists whether or not its kernels could be built.
+LIBRARY = torch.library.Library("perfvl", "FRAGMENT")
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def bad_value(op: str, argument: str, got: object, expected: str) -> NoReturn:
+    raise ValueError(f"{op}: `{argument}` got {got}, expected {expected}")
+
+
+def bad_type(op: str, argument: str, got: object, expected: str) -> NoReturn:
+    raise TypeError(f"{op}: `{argument}` got {got}, expected {expected}")
+
+
+def check_matrix(op: str, argument: str, value: object) -> None:
+    """`value` must be a two-dimensional, strided, floating-point tensor."""
+    if not isinstance(value, Tensor):
+        bad_type(op, argument, type(value).__name__, "a torch.Tensor")
+    if value.dtype not in FLOATING:
+        bad_type(op, argument, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
+    if value.layout != torch.strided:
+        bad_type(op, argument, value.layout, "a dense (strided) tensor")
+    if value.dim() != 2:
+        bad_value(op, argument, f"shape {tuple(value.shape)}", "2 dimensions")
+
+
+def check_temperature(op: str, value: object, device: torch.device) -> None:
+    """A float that is finite and not zero (negative is allowed), or a one-element floating tensor on `device`."""
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATING:
+            bad_type(op, "temperature", value.dtype, "a floating-point tensor")
+        if value.numel() != 1:
+            bad_value(op, "temperature", f"shape {tuple(value.shape)}", "a float or a tensor with one element")
+        if value.device != device:
+            bad_value(op, "temperature", f"device {value.device}", f"the query's device {device}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        bad_type(op, "temperature", type(value).__name__, "a float or a tensor with one element")
+    elif value == 0 or not math.isfinite(value):
+        bad_value(op, "temperature", value, "a finite number other than 0")
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op: str, count: int, *tensors: Tensor):  # type: ignore[no-untyped-def]
+        ctx.op = op
+        ctx.count = count
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            f"{ctx.op}: second-order gradients are not supported by the fused kernels; "
+            'run this part under perfvl.use_backend("reference")'
+        )
+
+
+def refuse_second_derivative(op: str, grads: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
+    """Makes a gradient of these gradients an error instead of silently missing terms.
+
+    Inside backward, grad mode is on only under ``create_graph=True``. ``once_differentiable`` would not do: it raises
+    only where the incoming gradient itself requires grad, which that of ``loss.sum()`` does not.
+    """
+    if not torch.is_grad_enabled():
+        return grads
+    present = [g for g in grads if g is not None]
+    guarded = iter(_NoSecondDerivative.apply(op, len(present), *present, *inputs))
+    return [None if g is None else next(guarded) for g in grads]
