@@ -132,7 +132,7 @@ def ninja_file(rules: dict[str, str], edges: list[tuple[Path, str, Path, str]], 
 
 def cpu_rules(torch: Path, work: Path) -> str:
     # No -ffast-math: gcc < 13 would link crtfastmath and flush denormals to zero in the whole process.
-    common = "-std=c++20 -O3 -fPIC -g1 -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized -Icsrc"
+    common = "-std=c++20 -O3 -fPIC -g1 -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized -Icsrc"
     rules = {
         "cxx": f"{compiler()} {common} $flags -MMD -MF $out.d -c $in -o $out",
         "link": f"{compiler()} -shared -Wl,--no-as-needed $in -L{torch}/lib -ltorch_cpu -Wl,-z,defs -o $out",

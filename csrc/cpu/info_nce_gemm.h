@@ -46,7 +46,7 @@ void softmax_terms(float* scores, int64_t n, float scale2, float positive2, floa
   for (int64_t j = 0; j < whole; j += kLanes) {
     Vec score = load<Vec>(scores + j);
     if constexpr (kRank) counts += at_least(score * scale2, first);
-    Vec term = exp2(score * scale2 - top);
+    Vec term = exp2(fma(score, broadcast(scale2), broadcast(-top)));
     sums += term;
     store(scores + j, term);
   }

@@ -119,8 +119,8 @@ inline float dot(const float* a, const float* b, int64_t n) {
   Vec parts[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int j = 0; j < 4; ++j) parts[j] += load<Vec>(a + i + j * kLanes) * load<Vec>(b + i + j * kLanes);
-  for (; i + kLanes <= n; i += kLanes) parts[0] += load<Vec>(a + i) * load<Vec>(b + i);
+    for (int j = 0; j < 4; ++j) parts[j] = fma(load<Vec>(a + i + j * kLanes), load<Vec>(b + i + j * kLanes), parts[j]);
+  for (; i + kLanes <= n; i += kLanes) parts[0] = fma(load<Vec>(a + i), load<Vec>(b + i), parts[0]);
   float rest = 0.f;
   for (; i < n; ++i) rest += a[i] * b[i];
   return sum((parts[0] + parts[1]) + (parts[2] + parts[3])) + rest;

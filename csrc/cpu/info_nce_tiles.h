@@ -69,7 +69,7 @@ void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float
       if (j >= n) return Vec{};
       Vec score = load<Vec>(scores + j * 32);
       if constexpr (kRank) counts += at_least(score * p.scale2, first);
-      Vec t = exp2(score * p.scale2 - base);
+      Vec t = exp2(fma(score, broadcast(p.scale2), -base));
       sums += t;
       return t;
     };

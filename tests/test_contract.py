@@ -1,0 +1,334 @@
+"""The contract every op keeps. Adding an op means adding its entry in tests/contracts, nothing here."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from contracts import CONTRACTS
+from op_contract import (
+    DEVICES,
+    OpContract,
+    as_double,
+    assert_accurate,
+    differentiable,
+    evaluate,
+    fresh,
+    mutations,
+    outputs_of,
+    upstream_like,
+)
+from torch import Tensor
+
+import perfvl
+from perfvl import backends
+
+pytestmark = [
+    pytest.mark.parametrize("op", CONTRACTS, ids=lambda op: op.name),
+    pytest.mark.parametrize("device", DEVICES),
+]
+ISA_LEVELS = ["reference"] if backends.CPU_MISSING else list(torch.ops.perfvl._isa_levels())
+
+
+@pytest.fixture
+def isa_level(request):
+    """Runs the CPU kernels of one instruction-set level."""
+    if request.param == "reference":
+        yield request.param
+        return
+    before = torch.ops.perfvl._isa()
+    torch.ops.perfvl._set_isa(request.param)
+    yield request.param
+    torch.ops.perfvl._set_isa(before)
+
+
+def calls_of_raw_op(op: OpContract, run):
+    """How often `run` reached the op's kernels: a right answer from the wrong backend does not count."""
+    count = 0
+
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal count
+            count += func is op.raw_op
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
+        run()
+    return count
+
+
+@pytest.mark.parametrize("isa_level", ISA_LEVELS, indirect=True)
+def test_every_sample_is_as_accurate_as_plain_pytorch(op, device, isa_level):
+    if device == "cuda" and isa_level != ISA_LEVELS[0]:
+        pytest.skip("ISA levels are a CPU matter")
+    failures = []
+    for sample in op.samples(device):
+        truth = evaluate(sample.rival, as_double(sample.inputs))
+        rival = evaluate(sample.rival, sample.inputs)
+        got = evaluate(op.function, sample.inputs)
+        assert list(got) == list(truth), sample.name
+        for what, value in got.items():
+            try:
+                assert_accurate(f"{sample.name}: {what}", value, truth[what], rival[what], sample.slack)
+            except AssertionError as problem:
+                failures.append(str(problem))
+    assert not failures, "\n".join(failures)
+
+
+def test_the_reference_means_the_same(op, device):
+    for sample in op.samples(device):
+        truth = evaluate(sample.rival, as_double(sample.inputs))
+        with perfvl.use_backend("reference"):
+            for what, value in evaluate(op.function, as_double(sample.inputs)).items():
+                assert_accurate(f"{sample.name}: {what}", value, truth[what], truth[what], 1e-12)
+
+
+def test_accuracy_check_rejects_wrong_answers(op, device):
+    sample = op.samples(device)[4]
+    truth, rival = evaluate(sample.rival, as_double(sample.inputs)), evaluate(sample.rival, sample.inputs)
+    for what, value in truth.items():
+        if not value.is_floating_point() or value.norm() == 0:
+            continue
+        for wrong in mutations(value).values():
+            with pytest.raises(AssertionError):
+                assert_accurate(what, wrong, value, rival[what], sample.slack)
+
+
+def test_kernels_run_and_reference_does_not(op, device):
+    if backends.choose(torch.device(device), cuda="triton") == "reference":
+        pytest.skip("no kernels here")
+    inputs = op.small(device)
+    assert calls_of_raw_op(op, lambda: op.function(**inputs)) == 1
+    with perfvl.use_backend("reference"):
+        assert calls_of_raw_op(op, lambda: op.function(**inputs)) == 0
+
+
+def test_opcheck(op, device):
+    for arguments in op.raw_samples(device):
+        torch.library.opcheck(op.raw_op, arguments)
+
+
+def test_same_inputs_give_same_bits(op, device):
+    for sample in op.samples(device):
+        first, second = evaluate(op.function, sample.inputs), evaluate(op.function, sample.inputs)
+        for what, value in first.items():
+            assert torch.equal(value, second[what]), f"{sample.name}: {what}"
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_whole_without_recompiling(op, device, dynamic):
+    torch._dynamo.reset()
+    inputs = op.small(device)
+    expected = evaluate(op.function, inputs)
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    evaluate(compiled, inputs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = evaluate(compiled, inputs)
+        if dynamic:
+            evaluate(compiled, op.resize(inputs))
+    for what, value in expected.items():
+        torch.testing.assert_close(got[what], value)
+
+
+def test_inductor_gives_the_same(op, device):
+    torch._dynamo.reset()
+    inputs = op.small(device)
+    got, expected = evaluate(torch.compile(op.function, fullgraph=True), inputs), evaluate(op.function, inputs)
+    for what, value in expected.items():
+        torch.testing.assert_close(got[what], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_gradient_dtypes_and_nests(op, device, dtype):
+    inputs = op.small(device)
+    exact = evaluate(op.function, inputs)
+    with torch.autocast(device, dtype=dtype):
+        rounded = evaluate(op.function, inputs)
+        with torch.autocast(device, enabled=False):
+            off = evaluate(op.function, inputs)
+    for what, value in exact.items():
+        assert rounded[what].dtype == value.dtype, what
+        assert torch.equal(off[what], value), what
+        if value.is_floating_point():
+            torch.testing.assert_close(rounded[what], value, rtol=5e-2, atol=5e-2)
+
+
+def test_empty_batch(op, device):
+    for name in differentiable(op.small(device)):
+        inputs = op.small(device)
+        empty = {k: v[:0].detach().requires_grad_() if k in ("query", "positive") else v for k, v in inputs.items()}
+        result = evaluate(op.function, empty | {"reduction": "sum"})
+        assert result["output 0"] == 0
+        assert result[f"gradient of {name}"].shape == empty[name].shape
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "broadcast", "sliced", "transposed"])
+def test_upstream_gradients_of_any_layout(op, device, kind):
+    inputs = op.small(device) | {"reduction": "none"}
+
+    def upstream(output: Tensor) -> Tensor:
+        n = output.numel()
+        return {
+            "sum": lambda: torch.ones((), device=device).expand(n),
+            "mean": lambda: torch.full((n,), 1 / n, device=device),
+            "broadcast": lambda: torch.tensor([0.7], device=device).expand(n),
+            "sliced": lambda: torch.randn(2 * n, device=device)[::2],
+            "transposed": lambda: torch.randn(n, 3, device=device).T[1],
+        }[kind]()
+
+    outputs = [o for o in outputs_of(op.function(**fresh(inputs))) if o.requires_grad]
+    ups = [upstream(o) for o in outputs]
+    got = evaluate(op.function, inputs, ups)
+    with perfvl.use_backend("reference"):
+        expected = evaluate(op.function, inputs, [u.contiguous() for u in ups])
+    for what, value in expected.items():
+        torch.testing.assert_close(got[what], value, rtol=1e-4, atol=1e-5, msg=lambda m, w=what: f"{w}: {m}")
+
+
+def test_each_output_alone(op, device):
+    inputs = op.small(device)
+    count = len([o for o in outputs_of(op.function(**fresh(inputs))) if o.requires_grad])
+    for index in range(count):
+        grads = []
+        for backend in ("auto", "reference"):
+            with perfvl.use_backend(backend):
+                run = fresh(inputs)
+                output = [o for o in outputs_of(op.function(**run)) if o.requires_grad][index]
+                output.sum().backward()
+                grads.append([run[k].grad for k in differentiable(run)])
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_any_subset_of_inputs_may_want_gradients(op, device):
+    inputs = op.small(device)
+    full = evaluate(op.function, inputs)
+    names = differentiable(inputs)
+    for size in range(len(names) + 1):
+        for chosen in itertools.combinations(names, size):
+            run = {k: v.detach().requires_grad_(k in chosen) if k in names else v for k, v in inputs.items()}
+            got = evaluate(op.function, run)
+            assert {k for k in got if k.startswith("gradient")} == {f"gradient of {k}" for k in chosen}
+            for what, value in got.items():
+                torch.testing.assert_close(value, full[what], rtol=1e-5, atol=1e-6)
+
+
+def test_gradcheck_in_float64(op, device):
+    if device != "cpu":
+        pytest.skip("the float64 path is plain PyTorch everywhere")
+    inputs = op.double()
+    names = differentiable(inputs)
+
+    def run(*values):
+        outputs = outputs_of(op.function(**(inputs | dict(zip(names, values, strict=True)))))
+        return tuple(o for o in outputs if o.requires_grad)
+
+    assert torch.autograd.gradcheck(run, [inputs[n] for n in names])
+    assert torch.autograd.gradgradcheck(run, [inputs[n] for n in names])
+
+
+def test_second_derivative_is_refused(op, device):
+    if backends.choose(torch.device(device), cuda="triton") == "reference":
+        pytest.skip("the reference has second derivatives")
+    inputs = fresh(op.small(device))
+    wanted = [inputs[k] for k in differentiable(inputs)]
+    loss = outputs_of(op.function(**inputs))[0].sum()
+    grads = torch.autograd.grad(loss, wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="second-order gradients are not supported"):
+        (loss + sum(g.square().sum() for g in grads)).backward()
+
+
+def test_nothing_is_written_but_what_the_schema_says(op, device):
+    inputs = op.small(device)
+    before = {k: (v.detach().clone(), v._version) for k, v in inputs.items() if isinstance(v, Tensor)}
+    op.function(**inputs)
+    for name, (value, version) in before.items():
+        changed = name in op.mutates
+        assert (inputs[name]._version > version) == changed, name
+        assert changed or torch.equal(inputs[name], value), name
+
+
+def test_bad_input_is_named_and_nothing_modified(op, device):
+    if device != "cpu":
+        pytest.skip("checks read no device data")
+    for bad in op.bad_inputs:
+        inputs = op.small(device) | dict(bad.change)
+        before = copy.deepcopy({k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()})
+        with pytest.raises(bad.error, match=bad.message):
+            op.function(**inputs)
+        for name, value in before.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided:
+                assert torch.equal(inputs[name], value), f"{bad.name}: {name} was modified"
+
+
+def test_unknown_keyword_is_refused(op, device):
+    with pytest.raises(TypeError, match="tau"):
+        op.function(**op.small(device), tau=1)
+
+
+def test_saved_bytes_do_not_grow(op, device):
+    if backends.choose(torch.device(device), cuda="triton") == "reference":
+        pytest.skip("plain PyTorch saves what it saves")
+    for grow in (lambda inputs: inputs, op.grow):
+        storages: dict[int, int] = {}
+
+        def pack(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        inputs = grow(op.small(device))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outputs_of(op.function(**inputs))[0]
+        assert 0 < sum(storages.values()) <= op.saved_bytes(inputs)
+
+
+def test_no_grad_and_inference_mode(op, device):
+    inputs = op.small(device)
+    expected = evaluate(op.function, inputs)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for i, output in enumerate(outputs_of(op.function(**inputs))):
+                assert not output.requires_grad
+                assert torch.equal(output, expected[f"output {i}"])
+
+
+def test_backward_twice_with_retained_graph(op, device):
+    inputs = fresh(op.small(device))
+    wanted = [inputs[k] for k in differentiable(inputs)]
+    outputs = [o for o in outputs_of(op.function(**inputs)) if o.requires_grad]
+    ups = [u.to(o) for u, o in zip(upstream_like(outputs), outputs, strict=True)]
+    first = torch.autograd.grad(outputs, wanted, ups, retain_graph=True)
+    second = torch.autograd.grad(outputs, wanted, [2 * u for u in ups])
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(b, 2 * a)
+
+
+def test_no_host_sync(op, device):
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    inputs = op.small(device)
+    evaluate(op.function, inputs)  # compiles the kernels
+    run = fresh(inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sum(o.sum() for o in outputs_of(op.function(**run)) if o.requires_grad).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_replays_on_new_data(op, device):
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in op.small(device).items()}
+    op.function(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_of(op.function(**inputs))
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            value.mul_(0.9)
+    graph.replay()
+    for ours, expected in zip(captured, outputs_of(op.function(**inputs)), strict=True):
+        torch.testing.assert_close(ours, expected)
