@@ -97,6 +97,8 @@ class BuildInfo(build_py):
     def run(self) -> None:
         super().run()
         folder = ROOT / "perfvl" if self.editable_mode else Path(self.build_lib) / "perfvl"
+        for stale in folder.glob("*.so"):  # of an earlier build with other settings: it would slip into the wheel
+            stale.unlink()
         (folder / "_build.json").write_text(json.dumps(BUILD_INFO, indent=1) + "\n")
 
 
@@ -104,10 +106,14 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_paths.find()
         if torch is None:
-            raise SystemExit("torch's headers were not found: pip install 'torch>=2.11' first, or drop --no-build-isolation")
+            raise SystemExit(
+                "torch's headers were not found: pip install 'torch>=2.11' first, or drop --no-build-isolation"
+            )
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        work = ROOT / "build" / "ninja" / ext.name  # a fixed folder: pip's own are thrown away, nothing would be incremental
+        work = (
+            ROOT / "build" / "ninja" / ext.name
+        )  # a fixed folder: pip's own are thrown away, nothing would be incremental
         work.mkdir(parents=True, exist_ok=True)
         rules = cuda_rules if ext.name.endswith("_cuda") else cpu_rules
         (work / "build.ninja").write_text(f"ninja_required_version = 1.5\nbuilddir = {work}\n" + rules(torch, work))
@@ -123,7 +129,11 @@ def torch_flags(torch: Path) -> str:
 
 
 def ninja_file(rules: dict[str, str], edges: list[tuple[Path, str, Path, str]], link: list[Path], work: Path) -> str:
-    text = "".join(f"rule {name}\n  command = {command}\n  depfile = $out.d\n  deps = gcc\n" for name, command in rules.items() if name != "link")
+    text = "".join(
+        f"rule {name}\n  command = {command}\n  depfile = $out.d\n  deps = gcc\n"
+        for name, command in rules.items()
+        if name != "link"
+    )
     text += f"rule link\n  command = {rules['link']}\n"
     for obj, rule, source, flags in edges:
         text += f"build {obj}: {rule} {source}\n  flags = {flags}\n"
@@ -132,7 +142,10 @@ def ninja_file(rules: dict[str, str], edges: list[tuple[Path, str, Path, str]], 
 
 def cpu_rules(torch: Path, work: Path) -> str:
     # No -ffast-math: gcc < 13 would link crtfastmath and flush denormals to zero in the whole process.
-    common = "-std=c++20 -O3 -fPIC -g1 -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized -Icsrc"
+    common = (
+        "-std=c++20 -O3 -fPIC -g1 -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
+        "-Wall -Wextra -Wno-maybe-uninitialized -Icsrc"
+    )
     rules = {
         "cxx": f"{compiler()} {common} $flags -MMD -MF $out.d -c $in -o $out",
         "link": f"{compiler()} -shared -Wl,--no-as-needed $in -L{torch}/lib -ltorch_cpu -Wl,-z,defs -o $out",

@@ -21,7 +21,8 @@ using torch::stable::Tensor;
 
 Tensor empty_dense(std::vector<int64_t> sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+  for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; --i)
+    strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
@@ -51,17 +52,20 @@ void run_parallel(int64_t n, void* state, void (*body)(void*, int64_t)) {
 Tensor view_float(const float* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
   int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes, strides, 0, aoti_torch_dtype_float32(),
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes, strides, 0,
+                                                                   aoti_torch_dtype_float32(),
                                                                    aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
 // torch's own product: its BLAS, its precision settings. Inside parallel_for it runs on the calling thread alone.
 void gemm(void*, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t c_stride, bool accumulate) {
-  Tensor left = view_float(a.data, m, k, a.row_stride, a.col_stride), right = view_float(b.data, k, n, b.row_stride, b.col_stride);
+  Tensor left = view_float(a.data, m, k, a.row_stride, a.col_stride),
+         right = view_float(b.data, k, n, b.row_stride, b.col_stride);
   Tensor out = view_float(c, m, n, c_stride, 1);
-  STABLE_TORCH_ERROR_CODE_CHECK(accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0)
-                                           : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  STABLE_TORCH_ERROR_CODE_CHECK(accumulate
+                                    ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0)
+                                    : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
 float read_float(const Tensor& t) {
@@ -75,10 +79,12 @@ float read_float(const Tensor& t) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& positive, const Tensor& queue,
-                                                                    double temperature, std::optional<Tensor> temperature_tensor,
-                                                                    std::optional<Tensor> valid, ScalarType compute_dtype,
-                                                                    int64_t reduction, bool with_rank, bool with_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& positive,
+                                                                    const Tensor& queue, double temperature,
+                                                                    std::optional<Tensor> temperature_tensor,
+                                                                    std::optional<Tensor> valid,
+                                                                    ScalarType compute_dtype, int64_t reduction,
+                                                                    bool with_rank, bool with_grad) {
   int64_t rows = query.size(0), dim = query.size(1);
   InfoNceArgs args{};
   args.query = matrix(query), args.positive = matrix(positive), args.queue = matrix(queue);

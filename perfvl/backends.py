@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).parent
 _forced = "auto"
 
 
-class use_backend:  # noqa: N801 - reads as a function: use_backend("reference") or with use_backend("reference"):
+class use_backend:
     """Sets the backend of every op: "auto" (the fastest right one) or "reference" (plain PyTorch).
 
     Takes effect at once; as a context manager it is undone on leaving.
@@ -67,7 +67,7 @@ CPU_MISSING = _load("_C", "native_reason")
 
 @functools.cache
 def cuda_missing() -> str | None:
-    """Why the CUDA C++ kernels are not there, or None. First asked when a CUDA tensor arrives: import touches no GPU."""
+    """Why the CUDA C++ kernels are not there, or None. Asked when a CUDA tensor arrives: import touches no GPU."""
     if not torch.cuda.is_available():
         return "no CUDA GPU is available"
     return _load("_cuda", "cuda_reason")
@@ -112,7 +112,8 @@ def info() -> str:
         lines.append(f"cpu   reference (plain PyTorch): {CPU_MISSING}")
     else:
         levels = list(torch.ops.perfvl._isa_levels())
-        lines.append(f"cpu   native C++, level {torch.ops.perfvl._isa()} of {', '.join(levels)}; {torch.get_num_threads()} threads")
+        level, threads = torch.ops.perfvl._isa(), torch.get_num_threads()
+        lines.append(f"cpu   native C++, level {level} of {', '.join(levels)}; {threads} threads")
         lines.append(f"      built with {build['native']['compiler']}")
     for name, missing in (("triton", triton_missing()), ("c++", cuda_missing())):
         lines.append(f"cuda  {name}: {'reference instead, ' + missing if missing else torch.cuda.get_device_name()}")

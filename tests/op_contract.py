@@ -63,7 +63,9 @@ def outputs_of(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def evaluate(function: Callable[..., Any], inputs: Mapping[str, Any], upstream: list[Tensor] | None = None) -> dict[str, Tensor]:
+def evaluate(
+    function: Callable[..., Any], inputs: Mapping[str, Any], upstream: list[Tensor] | None = None
+) -> dict[str, Tensor]:
     """Outputs and, for one fixed upstream gradient per output, the gradient of every input that wants one."""
     inputs = fresh(inputs)
     outputs = outputs_of(function(**inputs))
@@ -72,7 +74,9 @@ def evaluate(function: Callable[..., Any], inputs: Mapping[str, Any], upstream: 
     if wanted:
         graded = [o for o in outputs if o.requires_grad]
         upstream = upstream or upstream_like(graded)
-        grads = torch.autograd.grad(graded, [inputs[k] for k in wanted], [u.to(o) for u, o in zip(upstream, graded, strict=True)])
+        grads = torch.autograd.grad(
+            graded, [inputs[k] for k in wanted], [u.to(o) for u, o in zip(upstream, graded, strict=True)]
+        )
         result |= {f"gradient of {k}": g for k, g in zip(wanted, grads, strict=True)}
     return result
 
@@ -99,7 +103,9 @@ def error(got: Tensor, truth: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     rows, true_rows = got.reshape(len(got) if got.dim() else 1, -1), truth.reshape(len(truth) if truth.dim() else 1, -1)
     scale = true_rows.norm(dim=1).max().clamp_min(1e-30)
-    return float((got - truth).norm() / truth.norm().clamp_min(1e-30)), float((rows - true_rows).norm(dim=1).max() / scale)
+    return float((got - truth).norm() / truth.norm().clamp_min(1e-30)), float(
+        (rows - true_rows).norm(dim=1).max() / scale
+    )
 
 
 def assert_accurate(what: str, got: Tensor, truth: Tensor, rival: Tensor, slack: float) -> None:

@@ -40,7 +40,9 @@ def test_keys_equal_to_the_positive_give_log_of_their_number_and_no_gradient(dev
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0, -1.0])
 def test_collinear_features(device, batch, dim, temperature):
     ones = F.normalize(torch.ones(batch, dim, device=device), dim=1)
-    assert info_nce(ones, ones, ones[:1].expand(16, dim), temperature=temperature).item() == pytest.approx(math.log(17), rel=1e-5)
+    assert info_nce(ones, ones, ones[:1].expand(16, dim), temperature=temperature).item() == pytest.approx(
+        math.log(17), rel=1e-5
+    )
 
 
 def test_limits_of_the_scale(device):
@@ -71,7 +73,10 @@ def test_converged_rows_keep_their_digits(device):
 
 def test_no_keys_no_loss(device):
     query = unit(4, 8, device=device).requires_grad_()
-    for keys, valid in ((torch.empty(0, 8, device=device), None), (unit(5, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device))):
+    for keys, valid in (
+        (torch.empty(0, 8, device=device), None),
+        (unit(5, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device)),
+    ):
         loss = info_nce(query, query.detach(), keys, valid=valid)
         (grad,) = torch.autograd.grad(loss, query)
         assert loss == 0
@@ -85,9 +90,15 @@ def test_mean_of_an_empty_batch_is_nan_as_in_cross_entropy(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_queue_order_does_not_matter(device, dtype):
-    query, positive, queue = unit(9, 48, device=device), unit(9, 48, device=device), unit(1000, 48, device=device).to(dtype)
+    query, positive, queue = (
+        unit(9, 48, device=device),
+        unit(9, 48, device=device),
+        unit(1000, 48, device=device).to(dtype),
+    )
     shuffled = queue[torch.randperm(1000)]
-    torch.testing.assert_close(info_nce(query, positive, queue), info_nce(query, positive, shuffled), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        info_nce(query, positive, queue), info_nce(query, positive, shuffled), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +117,10 @@ def test_nan_stays_where_pytorch_would_have_it(device, dtype):
     assert poisoned.grad[others].isfinite().all()
     queue[-1, -1] = torch.nan
     assert info_nce(query, positive, queue, reduction="none").isnan().all()
-    assert torch.equal(info_nce(query, positive, queue, valid=599, reduction="none").isnan(), torch.zeros(37, dtype=torch.bool, device=device))
+    assert torch.equal(
+        info_nce(query, positive, queue, valid=599, reduction="none").isnan(),
+        torch.zeros(37, dtype=torch.bool, device=device),
+    )
     count = torch.tensor(599, device=device)
     assert info_nce(query, positive, queue, valid=count, label_smoothing=0.1).isfinite()
 
@@ -123,7 +137,9 @@ def test_infinite_logits_do_as_cross_entropy(device):
 def test_rank_counts_ties_against_the_positive(device):
     generator = torch.Generator().manual_seed(3)
     # Small integers: every dot product is exact in every order of summation, so ties are exact too.
-    query, positive, queue = (torch.randint(-2, 3, (n, 24), generator=generator).float().to(device) for n in (70, 70, 900))
+    query, positive, queue = (
+        torch.randint(-2, 3, (n, 24), generator=generator).float().to(device) for n in (70, 70, 900)
+    )
     for dtype in DTYPES:
         for temperature in (0.25, -0.25):
             out = info_nce_stats(query.to(dtype), positive.to(dtype), queue.to(dtype), temperature=temperature)
@@ -141,7 +157,11 @@ def test_stats_agree_with_the_loss(device):
 
 
 def test_lse_serves_as_z_loss(device):
-    query, positive, queue = unit(9, 16, device=device).requires_grad_(), unit(9, 16, device=device), unit(200, 16, device=device)
+    query, positive, queue = (
+        unit(9, 16, device=device).requires_grad_(),
+        unit(9, 16, device=device),
+        unit(200, 16, device=device),
+    )
     out = info_nce_stats(query, positive, queue)
     (ours,) = torch.autograd.grad(out.loss + 1e-2 * out.lse.square().mean(), query)
     logits = torch.cat([(query * positive).sum(1, keepdim=True), query @ queue.T], 1) / 0.07
@@ -153,7 +173,11 @@ def test_lse_serves_as_z_loss(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_queue_may_be_overwritten_before_backward(device, dtype):
     """MoCo enqueues between forward and backward; eager code clones the queue for that."""
-    query, positive, queue = unit(9, 16, device=device).to(dtype).requires_grad_(), unit(9, 16, device=device).to(dtype), unit(200, 16, device=device).to(dtype)
+    query, positive, queue = (
+        unit(9, 16, device=device).to(dtype).requires_grad_(),
+        unit(9, 16, device=device).to(dtype),
+        unit(200, 16, device=device).to(dtype),
+    )
     info_nce(query, positive, queue).backward()
     expected, query.grad = query.grad, None
     loss = info_nce(query, positive, queue)
@@ -243,7 +267,12 @@ class TestModules:
         query, positive, queue = self.tensors(device)
         loss = InfoNCELoss(0.2)
         logits, labels = loss.logits(query, positive, queue)
-        expected = torch.cat([torch.einsum("nc,nc->n", query, positive)[:, None], torch.einsum("nc,ck->nk", query, queue.T)], 1) / 0.2
+        expected = (
+            torch.cat(
+                [torch.einsum("nc,nc->n", query, positive)[:, None], torch.einsum("nc,ck->nk", query, queue.T)], 1
+            )
+            / 0.2
+        )
         torch.testing.assert_close(logits, expected)
         torch.testing.assert_close(F.cross_entropy(logits, labels), loss(query, positive, queue))
 
@@ -254,14 +283,18 @@ class TestModules:
         query, positive, _ = self.tensors(device)
         loss = InfoNCELoss(0.2)
         torch.testing.assert_close(loss(query, positive, Queue()), loss(query, positive, Queue.keys[:60]))
-        torch.testing.assert_close(F.cross_entropy(*loss.logits(query, positive, Queue())), loss(query, positive, Queue()))
+        torch.testing.assert_close(
+            F.cross_entropy(*loss.logits(query, positive, Queue())), loss(query, positive, Queue())
+        )
 
     @pytest.mark.parametrize("directions", ["sum", "mean"])
     def test_both_directions(self, device, directions):
         image, text, image_key, text_key = unit(4, 8, 16, device=device)
         image_queue, text_queue = unit(2, 100, 16, device=device)
         loss = CrossModalInfoNCELoss(0.05, directions=directions)
-        expected = info_nce(image, text_key, text_queue, temperature=0.05) + info_nce(text, image_key, image_queue, temperature=0.05)
+        expected = info_nce(image, text_key, text_queue, temperature=0.05) + info_nce(
+            text, image_key, image_queue, temperature=0.05
+        )
         got = loss(image, text, image_key, text_key, image_queue, text_queue)
         torch.testing.assert_close(got, expected / (2 if directions == "mean" else 1))
 
@@ -270,7 +303,11 @@ class TestModules:
         [
             ({"temperature": 0.0}, ValueError, "`temperature` got 0.0, expected"),
             ({"temperature": "x"}, TypeError, "`temperature` got str, expected"),
-            ({"temperature": -1.0, "learnable": "log_scale"}, ValueError, "`temperature` got -1.0, expected a positive"),
+            (
+                {"temperature": -1.0, "learnable": "log_scale"},
+                ValueError,
+                "`temperature` got -1.0, expected a positive",
+            ),
             ({"learnable": "exp"}, ValueError, "`learnable` got 'exp', expected"),
             ({"reduction": "avg"}, ValueError, "`reduction` got 'avg', expected"),
             ({"label_smoothing": 2.0}, ValueError, "`label_smoothing` got 2.0, expected"),

@@ -11,7 +11,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 sys.path.insert(0, os.getcwd())  # setup.py's helpers live beside this file
-import torch_paths  # noqa: E402
+import torch_paths
 
 
 def _requires() -> list[str]:

@@ -57,7 +57,8 @@ inline void tile_product(const uint16_t* a, int64_t a_stride, const uint16_t* b,
 }
 
 // out[32, 32] += a b. a: [2][steps] dense tiles of rows; b: steps x 2 tiles of pairs, b_stride values apart.
-inline void tile_accumulate(const uint16_t* a, const uint16_t* b, int64_t b_stride, int64_t steps, float* out, int64_t out_stride) {
+inline void tile_accumulate(const uint16_t* a, const uint16_t* b, int64_t b_stride, int64_t steps, float* out,
+                            int64_t out_stride) {
   int64_t bytes = out_stride * 4;
   float* low = out + 16 * out_stride;
   memory_barrier();
@@ -111,7 +112,8 @@ inline void tile_product(const uint16_t* a, int64_t a_stride, const uint16_t* b,
   }
 }
 
-inline void tile_accumulate(const uint16_t* a, const uint16_t* b, int64_t b_stride, int64_t steps, float* out, int64_t out_stride) {
+inline void tile_accumulate(const uint16_t* a, const uint16_t* b, int64_t b_stride, int64_t steps, float* out,
+                            int64_t out_stride) {
   for (int64_t r0 = 0; r0 < 32; r0 += 8) {
     float* rows = out + r0 * out_stride;
     __m512 sums[8][2];
@@ -128,9 +130,10 @@ inline void tile_accumulate(const uint16_t* a, const uint16_t* b, int64_t b_stri
 
 // Two dense rows of 32 values -> row j of two tiles of pairs.
 inline void interleave_rows(const uint16_t* even, const uint16_t* odd, uint16_t* left, uint16_t* right) {
-  alignas(64) static constexpr uint16_t order[64] = {
-      0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
-      16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  alignas(64) static constexpr uint16_t order[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+                                                     16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
   __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
   _mm512_storeu_si512(left, _mm512_permutex2var_epi16(a, _mm512_load_si512(order), b));
   _mm512_storeu_si512(right, _mm512_permutex2var_epi16(a, _mm512_load_si512(order + 32), b));

@@ -28,7 +28,8 @@ struct Host {
   // body(state, i) for every i in [0, n), on up to `threads` threads; returns when all are done.
   void (*parallel_for)(int64_t n, void* state, void (*body)(void* state, int64_t i));
   // c[m, n] = a[m, k] b[k, n] (+ c). Called inside parallel_for: must then run on the calling thread alone.
-  void (*gemm)(void* context, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t c_stride, bool accumulate);
+  void (*gemm)(void* context, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t c_stride,
+               bool accumulate);
 
   template <class F>
   void parallel(int64_t n, const F& f) const {

@@ -14,7 +14,8 @@ struct GemmBuffers {
 };
 
 inline bool blas_can_read(const Matrix& m) {
-  return m.dtype == Dtype::float32 && ((m.col_stride == 1 && m.row_stride >= m.cols) || (m.row_stride == 1 && m.col_stride >= m.rows));
+  return m.dtype == Dtype::float32 &&
+         ((m.col_stride == 1 && m.row_stride >= m.cols) || (m.row_stride == 1 && m.col_stride >= m.rows));
 }
 
 inline GemmBuffers gemm_buffers(const Problem& p, Arena& arena) {
@@ -26,8 +27,8 @@ inline GemmBuffers gemm_buffers(const Problem& p, Arena& arena) {
 
 // scores[n] -> exp2(scale2 * score - top) in place; adds to total and rank; rescales the row where it must.
 template <bool kRank>
-void softmax_terms(float* scores, int64_t n, float scale2, float positive2, float& top, float& total, int32_t& rank, float* weighted_keys,
-                   int64_t width) {
+void softmax_terms(float* scores, int64_t n, float scale2, float positive2, float& top, float& total, int32_t& rank,
+                   float* weighted_keys, int64_t width) {
   const float lowest = -__builtin_inff();
   int64_t whole = n / kLanes * kLanes;
   Vec tail = broadcast(lowest);
@@ -78,17 +79,19 @@ inline void sweep_gemm(const Problem& p, int64_t task, const GemmBuffers& buffer
       keys = {buffers.keys, p.dim, 1};
     }
     // 2. scores = query keys^T.
-    host.gemm(host.context, rows, n, p.dim, query, {keys.data, keys.col_stride, keys.row_stride}, buffers.scores, score_stride, false);
+    host.gemm(host.context, rows, n, p.dim, query, {keys.data, keys.col_stride, keys.row_stride}, buffers.scores,
+              score_stride, false);
     // 3. Softmax terms, row by row.
     auto terms = p.args.rank ? softmax_terms<true> : softmax_terms<false>;
     for (int64_t i = 0; i < rows; ++i) {
       float* weighted = p.args.grad_query ? state.weighted_keys + i * p.plan.width : nullptr;
-      terms(buffers.scores + i * score_stride, n, p.scale2, p.positive2[row + i], state.top[i], state.total[i], state.rank[i], weighted,
-            p.plan.width);
+      terms(buffers.scores + i * score_stride, n, p.scale2, p.positive2[row + i], state.top[i], state.total[i],
+            state.rank[i], weighted, p.plan.width);
     }
     // 4. weighted_keys += terms keys.
     if (p.args.grad_query)
-      host.gemm(host.context, rows, p.dim, n, {buffers.scores, score_stride, 1}, keys, state.weighted_keys, p.plan.width, true);
+      host.gemm(host.context, rows, p.dim, n, {buffers.scores, score_stride, 1}, keys, state.weighted_keys,
+                p.plan.width, true);
   }
 }
 

@@ -53,7 +53,8 @@ struct Problem {
     return convert_query ? query + i * dim : static_cast<const float*>(args.query.data) + i * args.query.row_stride;
   }
   const float* positive_row(int64_t i) const {
-    return convert_positive ? positive + i * dim : static_cast<const float*>(args.positive.data) + i * args.positive.row_stride;
+    return convert_positive ? positive + i * dim
+                            : static_cast<const float*>(args.positive.data) + i * args.positive.row_stride;
   }
   int64_t query_stride() const { return convert_query ? dim : args.query.row_stride; }
   int64_t row_begin(int64_t task) const { return task / plan.splits * plan.block; }
@@ -77,7 +78,8 @@ inline Plan make_plan(const InfoNceArgs& a, bool tiles) {
   p.block = tiles ? std::min<int64_t>(round_up(rows, 32), 256) : std::min<int64_t>(rows, 256);
   // Keys of a chunk are read from memory once and used twice, so they should stay in cache between the two products;
   // wider rows leave less room, but a chunk below a few hundred keys makes both products inefficient.
-  p.chunk = tiles ? std::clamp<int64_t>(round_up(65536 / p.width, 32), 256, 512) : std::clamp<int64_t>(262144 / p.width, 512, 2048);
+  p.chunk = tiles ? std::clamp<int64_t>(round_up(65536 / p.width, 32), 256, 512)
+                  : std::clamp<int64_t>(262144 / p.width, 512, 2048);
   p.chunk = std::min(p.chunk, round_up(std::max<int64_t>(keys, 1), 32));
   double flops = 4.0 * double(rows) * double(keys) * double(dim);
   p.workers = std::clamp<int64_t>(int64_t(flops / 1e6), 1, a.host.threads);
@@ -93,8 +95,21 @@ inline Plan make_plan(const InfoNceArgs& a, bool tiles) {
 // Lays the problem out in scratch. With base = nullptr only the size is wanted.
 template <class WorkerBytes>
 Problem lay_out(const InfoNceArgs& a, const Plan& plan, WorkerBytes worker_bytes, void* base, int64_t* bytes) {
-  Problem p{a, plan, a.scale * kLog2e, a.query.rows, a.query.cols, a.queue.rows, !is_dense_float(a.query), !is_dense_float(a.positive),
-            nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+  Problem p{a,
+            plan,
+            a.scale * kLog2e,
+            a.query.rows,
+            a.query.cols,
+            a.queue.rows,
+            !is_dense_float(a.query),
+            !is_dense_float(a.positive),
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            0};
   Arena arena(base);
   p.query = arena.take<float>(p.convert_query ? p.rows * p.dim : 0);
   p.positive = arena.take<float>(p.convert_positive ? p.rows * p.dim : 0);

@@ -51,9 +51,10 @@ inline void pack_keys(const uint16_t* keys, int64_t stride, int64_t padded, int6
 // The softmax of 32 queries over one chunk: scores[n, 32] -> tiles of terms; total, rank and, where a row must be
 // rescaled, weighted_keys are updated.
 template <bool kRank>
-void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float* positive2, float* top, float* total, int32_t* rank,
-                   float* weighted_keys, uint16_t* terms, int64_t steps) {
-  for (int64_t half = 0; half < 2; ++half, scores += 16, terms += steps * kTile, top += 16, total += 16, rank += 16, positive2 += 16) {
+void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float* positive2, float* top, float* total,
+                   int32_t* rank, float* weighted_keys, uint16_t* terms, int64_t steps) {
+  for (int64_t half = 0; half < 2;
+       ++half, scores += 16, terms += steps * kTile, top += 16, total += 16, rank += 16, positive2 += 16) {
     Vec most = broadcast(-__builtin_inff()), first = load<Vec>(positive2);
     for (int64_t j = 0; j < n; ++j) most = max(most, load<Vec>(scores + j * 32) * p.scale2);
     for (int lane = 0; lane < 16; ++lane) {
@@ -92,7 +93,8 @@ inline void sweep_tiles(const Problem& p, int64_t task, const TileBuffers& buffe
   TileScope scope;
   const Matrix& queue = p.args.queue;
   State& state = p.states[task];
-  bool grad = p.args.grad_query, direct = queue.dtype == Dtype::bfloat16 && queue.col_stride == 1 && p.dim == p.plan.width;
+  bool grad = p.args.grad_query,
+       direct = queue.dtype == Dtype::bfloat16 && queue.col_stride == 1 && p.dim == p.plan.width;
   int64_t width = p.plan.width, row = p.row_begin(task), rows = p.row_end(task) - row;
   for (int64_t first = p.key_begin(task), end = p.key_end(task); first < end; first += p.plan.chunk) {
     int64_t n = std::min(p.plan.chunk, end - first), steps = ceil_div(n, 32);
@@ -108,11 +110,13 @@ inline void sweep_tiles(const Problem& p, int64_t task, const TileBuffers& buffe
     for (int64_t q = 0; q < rows; q += 32) {
       // 2. scores[keys, 32 queries].
       const uint16_t* queries = p.packed_query + (row + q) * width;
-      for (int64_t s = 0; s < steps; ++s) tile_product(keys + s * 32 * stride, stride, queries, width / 32, buffers.scores + s * 32 * 32);
+      for (int64_t s = 0; s < steps; ++s)
+        tile_product(keys + s * 32 * stride, stride, queries, width / 32, buffers.scores + s * 32 * 32);
       // 3. Softmax terms, one query per lane.
       float* weighted = grad ? state.weighted_keys + q * width : nullptr;
       auto softmax = p.args.rank ? softmax_tiles<true> : softmax_tiles<false>;
-      softmax(p, buffers.scores, n, p.positive2 + row + q, state.top + q, state.total + q, state.rank + q, weighted, buffers.terms, steps);
+      softmax(p, buffers.scores, n, p.positive2 + row + q, state.top + q, state.total + q, state.rank + q, weighted,
+              buffers.terms, steps);
       // 4. weighted_keys += terms keys.
       if (!grad) continue;
       for (int64_t c = 0; c < width; c += 32)

@@ -27,8 +27,8 @@ inline bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid_bit(1, 0, 2, 29);  // the last: F16C
 }
 inline bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && has_avx2();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_avx2();
 }
 inline bool has_avx512_bf16() { return has_avx512() && cpuid_bit(7, 1, 0, 5); }
 inline bool has_amx() {
@@ -67,15 +67,15 @@ inline const Level* levels_begin() {
       PVL_LEVEL(amx)
 #endif
 #if defined(PVL_HAVE_avx512_bf16)
-      PVL_LEVEL(avx512_bf16)
+          PVL_LEVEL(avx512_bf16)
 #endif
 #if defined(PVL_HAVE_avx512)
-      PVL_LEVEL(avx512)
+              PVL_LEVEL(avx512)
 #endif
 #if defined(PVL_HAVE_avx2)
-      PVL_LEVEL(avx2)
+                  PVL_LEVEL(avx2)
 #endif
-      PVL_LEVEL(baseline){nullptr, nullptr, nullptr},
+                      PVL_LEVEL(baseline){nullptr, nullptr, nullptr},
   };
   return levels;
 }

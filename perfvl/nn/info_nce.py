@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class InfoNCELoss(nn.Module):
         self.normalize = normalize
         self.label_smoothing = label_smoothing
         self.reduction = reduction
+        self.temperature: float | nn.Parameter
         if learnable == "log_scale":
             self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         elif learnable:
@@ -135,7 +136,9 @@ class CrossModalInfoNCELoss(InfoNCELoss):
         >>> loss = CrossModalInfoNCELoss(0.05)(image, text, image_key, text_key, image_queue, text_queue)
     """
 
-    def __init__(self, temperature: float = 0.07, *, directions: Literal["sum", "mean"] = "sum", **settings) -> None:  # type: ignore[no-untyped-def]
+    def __init__(
+        self, temperature: float = 0.07, *, directions: Literal["sum", "mean"] = "sum", **settings: Any
+    ) -> None:
         super().__init__(temperature, **settings)
         if directions not in ("sum", "mean"):
             raise ValueError(f'CrossModalInfoNCELoss: `directions` got {directions!r}, expected "sum" or "mean"')

@@ -52,13 +52,13 @@ def check_temperature(op: str, value: object, device: torch.device) -> None:
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op: str, count: int, *tensors: Tensor):  # type: ignore[no-untyped-def]
+    def forward(ctx, op, count, *tensors):
         ctx.op = op
         ctx.count = count
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx, *grads):
         raise RuntimeError(
             f"{ctx.op}: second-order gradients are not supported by the fused kernels; "
             'run this part under perfvl.use_backend("reference")'

@@ -250,7 +250,7 @@ class _InfoNCE(torch.autograd.Function):
     """Backward is a product with the gradient that forward left: the queue is not saved and may be overwritten."""
 
     @staticmethod
-    def forward(ctx, query, positive, queue, temperature, learned, valid, compute_dtype, reduction, with_rank):  # type: ignore[no-untyped-def]
+    def forward(ctx, query, positive, queue, temperature, learned, valid, compute_dtype, reduction, with_rank):
         loss, lse, positive_logit, rank, grad_query, positive_weight = torch.ops.perfvl.info_nce.default(
             query, positive, queue, temperature, learned, valid, compute_dtype, reduction, with_rank, True
         )
@@ -262,10 +262,11 @@ class _InfoNCE(torch.autograd.Function):
         return loss, lse, positive_logit, rank
 
     @staticmethod
-    def backward(ctx, g_loss, g_lse, g_positive, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, g_loss, g_lse, g_positive, _):
         query, positive, learned, positive_logit, grad_query, positive_weight = ctx.saved_tensors
         rows, inverse = query.shape[0], 1 / (ctx.temperature if learned is None else learned.reshape(()).float())
-        # With G_i = d loss_i / d query_i, w_i = 1 - P_i0: d lse_i = d loss_i + d l_i0, and l_i0 = query_i . positive_i / tau.
+        # lse_i = loss_i + l_i0 and l_i0 = query_i . positive_i / tau: every gradient is a part along the loss's own,
+        # which forward left, and a part along the positive logit's.
         along_loss = None if g_loss is None else g_loss.expand(rows)
         along_positive = None
         if g_lse is not None:
@@ -282,15 +283,19 @@ class _InfoNCE(torch.autograd.Function):
             total = push if pull is None else pull if push is None else pull + push
             grads[1] = None if total is None else scale_rows(query, total, positive.dtype)
         if learned is not None and ctx.needs_input_grad[4]:
-            per_row = 0 if along_loss is None else along_loss * (query.float() * grad_query).sum(1)
+            per_row = torch.zeros_like(positive_logit)
+            if along_loss is not None:
+                per_row = along_loss * (query.float() * grad_query).sum(1)
             if along_positive is not None:
                 per_row = per_row + along_positive * positive_logit
             grads[2] = (-inverse * per_row.sum()).to(learned.dtype).reshape(learned.shape)
-        grads = refuse_second_derivative("info_nce", grads, [query, positive, *([learned] if learned is not None else [])])
+        grads = refuse_second_derivative(
+            "info_nce", grads, [query, positive, *([learned] if learned is not None else [])]
+        )
         return grads[0], grads[1], None, None, grads[2], None, None, None, None
 
 
-def _plus(along_loss, grad_query, along_positive, positive, inverse, dtype):  # type: ignore[no-untyped-def]
+def _plus(along_loss, grad_query, along_positive, positive, inverse, dtype):
     """along_loss_i G_i + along_positive_i positive_i / tau, either of which may be absent."""
     if along_positive is None:
         return None if along_loss is None else scale_rows(grad_query, along_loss, dtype)
@@ -299,14 +304,16 @@ def _plus(along_loss, grad_query, along_positive, positive, inverse, dtype):  # 
 
 
 LIBRARY.define(
-    "info_nce(Tensor query, Tensor positive, Tensor queue, float temperature, Tensor? temperature_tensor, Tensor? valid, "
-    "ScalarType compute_dtype, int reduction, bool with_rank, bool with_grad) "
+    "info_nce(Tensor query, Tensor positive, Tensor queue, float temperature, Tensor? temperature_tensor, "
+    "Tensor? valid, ScalarType compute_dtype, int reduction, bool with_rank, bool with_grad) "
     "-> (Tensor loss, Tensor lse, Tensor positive_logit, Tensor rank, Tensor grad_query, Tensor positive_weight)"
 )
 
 
 @torch.library.register_fake("perfvl::info_nce", lib=LIBRARY)
-def _fake(query, positive, queue, temperature, temperature_tensor, valid, compute_dtype, reduction, with_rank, with_grad):  # type: ignore[no-untyped-def]
+def _fake(
+    query, positive, queue, temperature, temperature_tensor, valid, compute_dtype, reduction, with_rank, with_grad
+):
     rows, dim = query.shape
     graded = rows if with_grad else 0
 
@@ -323,7 +330,9 @@ def _fake(query, positive, queue, temperature, temperature_tensor, valid, comput
     )
 
 
-def _cuda(query, positive, queue, temperature, temperature_tensor, valid, compute_dtype, reduction, with_rank, with_grad):  # type: ignore[no-untyped-def]
+def _cuda(
+    query, positive, queue, temperature, temperature_tensor, valid, compute_dtype, reduction, with_rank, with_grad
+):
     from perfvl.kernels import info_nce as kernels
 
     precise = torch.get_float32_matmul_precision() == "highest"

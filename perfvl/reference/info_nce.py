@@ -9,7 +9,7 @@ from torch import Tensor
 def info_nce_logits(
     query: Tensor, positive: Tensor, queue: Tensor, temperature: float | Tensor, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    r"""Positive logits :math:`l_{i0} = q_i \cdot k_i / \tau` [B] and negative logits :math:`l_{ij} = q_i \cdot N_j / \tau` [B, K].
+    r"""Positive logits :math:`l_{i0} = q_i \cdot k_i / \tau` [B] and :math:`l_{ij} = q_i \cdot N_j / \tau` [B, K].
 
     ``compute_dtype`` rounds the operands of the large product, as a tensor core would; sums are float32 (float64 for
     float64), and the positive's product is never rounded.

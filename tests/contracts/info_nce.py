@@ -15,7 +15,18 @@ import perfvl.functional as pf
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def eager(query, positive, queue, *, temperature=0.07, normalize=False, valid=None, label_smoothing=0.0, reduction="mean", stats=False):
+def eager(
+    query,
+    positive,
+    queue,
+    *,
+    temperature=0.07,
+    normalize=False,
+    valid=None,
+    label_smoothing=0.0,
+    reduction="mean",
+    stats=False,
+):
     """What MoCo's users run, in the dtypes given: half dtypes as autocast computes them."""
     half = next((d for d in (queue.dtype, query.dtype) if d in (BF16, F16)), None)
     if normalize:
@@ -54,12 +65,25 @@ def samples(device: str, stats: bool) -> list[Sample]:
         found.append(Sample(name, {**inputs, **options}, rival, slack))
 
     make = functools.partial(tensors, device)
-    for b, k, d in [(1, 1, 1), (1, 100, 16), (2, 8, 3), (4, 15, 16), (33, 257, 123), (300, 1100, 64), (16, 700, 300), (5, 2500, 700)]:
+    for b, k, d in [
+        (1, 1, 1),
+        (1, 100, 16),
+        (2, 8, 3),
+        (4, 15, 16),
+        (33, 257, 123),
+        (300, 1100, 64),
+        (16, 700, 300),
+        (5, 2500, 700),
+    ]:
         add(f"float32 B={b} K={k} d={d}", make(b, k, d), temperature=1.0 if d == 1 else 0.07)
     for query, queue in [(BF16, BF16), (F16, F16), (F32, BF16), (F32, F16), (BF16, F32), (F16, BF16)]:
         # Half operands round the scores; near-equal rows then change ranks, so the ranks are tested on exact data.
         if not stats:
-            add(f"{query} query, {queue} queue", make(65, 777, 100, query, queue), slack=2e-3 if BF16 in (query, queue) else 3e-4)
+            add(
+                f"{query} query, {queue} queue",
+                make(65, 777, 100, query, queue),
+                slack=2e-3 if BF16 in (query, queue) else 3e-4,
+            )
     base = make(20, 300, 32)
     add("temperature 0.01", base, temperature=0.01, slack=2e-5)
     add("negative temperature", base, temperature=-1.0)
@@ -86,12 +110,20 @@ def samples(device: str, stats: bool) -> list[Sample]:
         "every other column": (q, k, wide[:, :64:2]),
         "every other row": (q, k, n[::2]),
         "transposed query": (q.T.contiguous().T, k.T.contiguous().T, n),
-        "offset by one": (torch.cat([q.flatten(), q[0, :1]])[1:].view(20, 32), k, torch.cat([n.flatten(), n[0, :1]])[1:].view(300, 32)),
+        "offset by one": (
+            torch.cat([q.flatten(), q[0, :1]])[1:].view(20, 32),
+            k,
+            torch.cat([n.flatten(), n[0, :1]])[1:].view(300, 32),
+        ),
         "expanded positive": (q, k[:1].expand(20, 32), n),
         "expanded queue": (q, k, n[:1].expand(300, 32)),
     }
     for name, (query, positive, queue) in layouts.items():
-        inputs = {"query": query.detach().requires_grad_(), "positive": positive.detach().requires_grad_("expanded" not in name), "queue": queue}
+        inputs = {
+            "query": query.detach().requires_grad_(),
+            "positive": positive.detach().requires_grad_("expanded" not in name),
+            "queue": queue,
+        }
         add(name, inputs)
         if not stats:
             add(f"{name}, bfloat16 queue", {**inputs, "queue": restrided(queue, BF16)}, slack=2e-3)
@@ -114,7 +146,9 @@ def raw_samples(device: str) -> list[tuple]:
                 t = tensors(device, b, k, d, dtype)
                 temperature = torch.tensor(0.3, device=device) if flag else None
                 valid = torch.tensor(k // 2, device=device) if flag else None
-                found.append((*(v.detach() for v in t.values()), 0.2, temperature, valid, dtype, reduction, flag, not flag))
+                found.append(
+                    (*(v.detach() for v in t.values()), 0.2, temperature, valid, dtype, reduction, flag, not flag)
+                )
     t = [v.detach() for v in tensors(device, 4, 30, 16).values()]
     for queue in (t[2].T.contiguous().T, t[2][::2], t[2][:1].expand(30, 16)):
         found.append((t[0].T.contiguous().T, t[1], queue, 0.2, None, None, F32, 1, True, True))
@@ -131,12 +165,29 @@ def bad_inputs(function: str) -> list[BadInput]:
         bad("query of rank 1", V, r"query` got shape \(16,\), expected 2 dimensions", query=torch.randn(16)),
         bad("queue of rank 3", V, "queue` got shape .*, expected 2 dimensions", queue=torch.randn(2, 3, 16)),
         bad("integer query", T, "query` got torch.int64, expected a float", query=torch.ones(8, 16, dtype=torch.int64)),
-        bad("integer queue", T, "queue` got torch.int32, expected a float", queue=torch.ones(50, 16, dtype=torch.int32)),
+        bad(
+            "integer queue", T, "queue` got torch.int32, expected a float", queue=torch.ones(50, 16, dtype=torch.int32)
+        ),
         bad("sparse queue", T, "queue` got torch.sparse_coo, expected a dense", queue=torch.randn(50, 16).to_sparse()),
-        bad("other batch", V, r"positive` got shape \(7, 16\), expected the query's shape \(8, 16\)", positive=torch.randn(7, 16)),
+        bad(
+            "other batch",
+            V,
+            r"positive` got shape \(7, 16\), expected the query's shape \(8, 16\)",
+            positive=torch.randn(7, 16),
+        ),
         bad("other width", V, r"queue` got shape \(50, 15\), expected \(K, 16\)", queue=torch.randn(50, 15)),
-        bad("devices apart", V, "queue` got device meta, expected the query's device", queue=torch.randn(50, 16, device="meta")),
-        bad("queue requires grad", V, "queue` got a tensor that requires grad, expected", queue=torch.randn(50, 16, requires_grad=True)),
+        bad(
+            "devices apart",
+            V,
+            "queue` got device meta, expected the query's device",
+            queue=torch.randn(50, 16, device="meta"),
+        ),
+        bad(
+            "queue requires grad",
+            V,
+            "queue` got a tensor that requires grad, expected",
+            queue=torch.randn(50, 16, requires_grad=True),
+        ),
         bad("temperature zero", V, "temperature` got 0.0, expected a finite number other than 0", temperature=0.0),
         bad("temperature nan", V, "temperature` got nan, expected a finite", temperature=float("nan")),
         bad("temperature inf", V, "temperature` got inf, expected a finite", temperature=float("inf")),
@@ -149,7 +200,12 @@ def bad_inputs(function: str) -> list[BadInput]:
         bad("valid int32 tensor", T, "valid` got torch.int32, expected", valid=torch.tensor(3, dtype=torch.int32)),
         bad("valid with two elements", V, r"valid` got shape \(2,\), expected", valid=torch.tensor([1, 2])),
         bad("unknown reduction", V, "reduction` got 'avg', expected", reduction="avg"),
-        bad("label smoothing above 1", V, r"label_smoothing` got 1.5, expected a number in \[0, 1\]", label_smoothing=1.5),
+        bad(
+            "label smoothing above 1",
+            V,
+            r"label_smoothing` got 1.5, expected a number in \[0, 1\]",
+            label_smoothing=1.5,
+        ),
     ]
 
 
@@ -160,14 +216,24 @@ def contract(function: Any, stats: bool) -> OpContract:
         samples=functools.partial(samples, stats=stats),
         raw_op=torch.ops.perfvl.info_nce.default,
         raw_samples=raw_samples,
-        small=lambda device: tensors(device, 8, 50, 16) | {"temperature": torch.tensor(0.2, device=device, requires_grad=True)},
-        double=lambda: tensors("cpu", 3, 5, 4, torch.float64)
-        | {"temperature": torch.tensor(0.5, dtype=torch.float64, requires_grad=True), "label_smoothing": 0.1, "valid": torch.tensor(4)},
+        small=lambda device: (
+            tensors(device, 8, 50, 16) | {"temperature": torch.tensor(0.2, device=device, requires_grad=True)}
+        ),
+        double=lambda: (
+            tensors("cpu", 3, 5, 4, torch.float64)
+            | {
+                "temperature": torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
+                "label_smoothing": 0.1,
+                "valid": torch.tensor(4),
+            }
+        ),
         bad_inputs=bad_inputs(function.__name__),
         # query and positive themselves, the gradient, weight, positive logit, temperature
         saved_bytes=lambda inputs: 4 * (3 * inputs["query"].numel() + 2 * len(inputs["query"]) + 1),
         grow=lambda inputs: inputs | {"queue": unit(5000, 16, device=inputs["query"].device.type)},
-        resize=lambda inputs: inputs | {k: unit(11, 16, device=inputs[k].device.type).requires_grad_() for k in ("query", "positive")},
+        resize=lambda inputs: (
+            inputs | {k: unit(11, 16, device=inputs[k].device.type).requires_grad_() for k in ("query", "positive")}
+        ),
     )
 
 
