@@ -1,8 +1,6 @@
 // The bfloat16 sweep: both products on tiles, 4 B K d FLOP at several times the float32 rate.
-// Scores are formed transposed, [keys, queries]: queue rows are then the A operand as they lie in memory, and the
-// softmax runs with one query per vector lane, without a horizontal sum. The terms are turned once, in registers, into
-// rows for the second product, whose B operand is the chunk's keys with neighbouring rows interleaved: the only packing
-// the queue needs, once per chunk for all queries of the block.
+// Scores are formed transposed, [keys, queries]: the softmax then runs with one query per vector lane, without a
+// horizontal sum. The queue is read once, in order; each chunk is packed once for all queries of the block.
 #pragma once
 
 #include "cpu/bfloat16_tiles.h"
@@ -12,40 +10,76 @@
 namespace perfvl {
 namespace PVL_ISA {
 
+// Columns are taken in slabs, so that what both products read again for every 32 queries fits the core's own cache.
+constexpr int64_t kSlab = 512;
+
 struct TileBuffers {
-  float* scores;    // [chunk, 32]
-  uint16_t* terms;  // [2][chunk / 32] tiles of rows
-  uint16_t* keys;   // [chunk, width], dense and padded
-  uint16_t* pairs;  // [chunk / 32][width / 16] tiles of pairs
+  uint16_t* row;    // one queue row as dense bfloat16, where it is not that already
+  uint16_t* keys;   // [chunk / 16][width / 32] tiles of rows
+  uint16_t* pairs;  // [slab / 32][chunk / 32][2] tiles of pairs
+  float* scores;    // [block / 32][chunk, 32]
+  uint16_t* terms;  // [block / 32][2][chunk / 32] tiles of rows
 };
 
 inline TileBuffers tile_buffers(const Problem& p, Arena& arena) {
   TileBuffers b{};
-  b.scores = arena.take<float>(p.plan.chunk * 32);
-  b.terms = arena.take<uint16_t>(p.plan.chunk * 32);
+  b.row = arena.take<uint16_t>(p.plan.width);
   b.keys = arena.take<uint16_t>(p.plan.chunk * p.plan.width);
-  b.pairs = arena.take<uint16_t>(p.args.grad_query ? p.plan.chunk * p.plan.width : 0);
+  b.pairs = arena.take<uint16_t>(p.plan.chunk * std::min(p.plan.width, kSlab));
+  b.scores = arena.take<float>(p.plan.chunk * p.plan.block);
+  b.terms = arena.take<uint16_t>(p.plan.chunk * p.plan.block);
   return b;
 }
 
 // 32 queries -> [width / 32][2] tiles of pairs, with zeros beyond the last row and column.
 inline void pack_queries(const Problem& p, int64_t first, uint16_t* packed) {
-  for (int64_t q = 0; q < 32; ++q) {
-    const float* row = first + q < p.rows ? p.query_row(first + q) : nullptr;
-    for (int64_t c = 0; c < p.plan.width; ++c) {
-      int64_t tile = c / 32 * 2 + q / 16, pair = c % 32 / 2;
-      packed[tile * kTile + pair * 32 + q % 16 * 2 + c % 2] = row && c < p.dim ? float_to_bfloat(row[c]) : 0;
+  for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t c = 0; c < p.plan.width; c += 32) {
+      __m512i rows[16];
+      for (int64_t q = 0; q < 16; ++q) {
+        int64_t row = first + half * 16 + q;
+        alignas(64) float values[32] = {};
+        if (row < p.rows) std::copy_n(p.query_row(row) + c, std::min<int64_t>(32, p.dim - c), values);
+        rows[q] = (__m512i)_mm512_cvtne2ps_pbh(load<Vec>(values + 16), load<Vec>(values));
+      }
+      transpose(rows);
+      for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(packed + (c / 32 * 2 + half) * kTile + j * 32, rows[j]);
     }
   }
 }
 
-// keys [n padded to 32, width] -> tiles of pairs.
-inline void pack_keys(const uint16_t* keys, int64_t stride, int64_t padded, int64_t width, uint16_t* pairs) {
-  for (int64_t r = 0; r < padded; r += 2) {
-    uint16_t* out = pairs + r / 32 * 32 * width + r % 32 / 2 * 32;
-    for (int64_t c = 0; c < width; c += 32, out += 2 * kTile)
-      interleave_rows(keys + r * stride + c, keys + (r + 1) * stride + c, out, out + kTile);
+// Rows [first, first + n) of the queue -> tiles of rows; rows from n to the next 32 are zero.
+inline void pack_keys(const Problem& p, int64_t first, int64_t n, const TileBuffers& buffers) {
+  const Matrix& queue = p.args.queue;
+  int64_t width = p.plan.width;
+  bool direct = queue.dtype == Dtype::bfloat16 && queue.col_stride == 1 && p.dim == width;
+  for (int64_t r = 0; r < round_up(n, 32); ++r) {
+    const uint16_t* row = buffers.row;
+    if (r >= n)
+      std::fill_n(buffers.row, width, uint16_t(0));
+    else if (direct)
+      row = static_cast<const uint16_t*>(queue.data) + (first + r) * queue.row_stride;
+    else
+      copy_rows(queue, first + r, 1, buffers.row, width);
+    uint16_t* tile = buffers.keys + r / 16 * 16 * width + r % 16 * 32;
+    for (int64_t c = 0; c < width; c += 32, tile += kTile) {
+      _mm_prefetch(reinterpret_cast<const char*>(row + c) + 4096, _MM_HINT_T0);  // past the ends of rows and pages
+      _mm512_store_si512(tile, _mm512_loadu_si512(row + c));
+    }
   }
+}
+
+// Columns [slab, slab + columns) of the packed keys -> tiles of pairs.
+inline void pair_keys(const TileBuffers& buffers, int64_t width, int64_t slab, int64_t columns, int64_t steps) {
+  uint16_t* out = buffers.pairs;
+  for (int64_t c = slab; c < slab + columns; c += 32)
+    for (int64_t s = 0; s < steps; ++s, out += 2 * kTile)
+      for (int64_t half = 0; half < 2; ++half) {
+        const uint16_t* tile = buffers.keys + (s * 2 + half) * 16 * width + c * 16;
+        for (int64_t j = 0; j < 8; ++j)
+          interleave(_mm512_load_si512(tile + j * 64), _mm512_load_si512(tile + j * 64 + 32), out + (half * 8 + j) * 32,
+                     out + kTile + (half * 8 + j) * 32);
+      }
 }
 
 // The softmax of 32 queries over one chunk: scores[n, 32] -> tiles of terms; total, rank and, where a row must be
@@ -91,36 +125,35 @@ void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float
 
 inline void sweep_tiles(const Problem& p, int64_t task, const TileBuffers& buffers) {
   TileScope scope;
-  const Matrix& queue = p.args.queue;
   State& state = p.states[task];
-  bool grad = p.args.grad_query,
-       direct = queue.dtype == Dtype::bfloat16 && queue.col_stride == 1 && p.dim == p.plan.width;
+  auto softmax = p.args.rank ? softmax_tiles<true> : softmax_tiles<false>;
   int64_t width = p.plan.width, row = p.row_begin(task), rows = p.row_end(task) - row;
   for (int64_t first = p.key_begin(task), end = p.key_end(task); first < end; first += p.plan.chunk) {
     int64_t n = std::min(p.plan.chunk, end - first), steps = ceil_div(n, 32);
-    // 1. The chunk's keys as bfloat16 rows, copied only where they do not already lie so, and as pairs.
-    const uint16_t* keys = static_cast<const uint16_t*>(queue.data) + first * queue.row_stride;
-    int64_t stride = queue.row_stride;
-    if (!direct || n % 32) {
-      copy_rows(queue, first, n, buffers.keys, width);
-      std::fill_n(buffers.keys + n * width, (steps * 32 - n) * width, uint16_t(0));
-      keys = buffers.keys, stride = width;
-    }
-    if (grad) pack_keys(keys, stride, steps * 32, width, buffers.pairs);
+    // 1. The chunk's keys.
+    pack_keys(p, first, n, buffers);
+    // 2. scores[keys, 32 queries], for every group of 32 queries.
+    for (int64_t slab = 0; slab < width; slab += kSlab)
+      for (int64_t q = 0; q < rows; q += 32)
+        for (int64_t s = 0; s < steps; ++s)
+          tile_product(buffers.keys + s * 32 * width + slab * 16, 16 * width,
+                       p.packed_query + (row + q) * width + slab * 32, std::min(kSlab, width - slab) / 32,
+                       buffers.scores + q * p.plan.chunk + s * 32 * 32, slab > 0);
     for (int64_t q = 0; q < rows; q += 32) {
-      // 2. scores[keys, 32 queries].
-      const uint16_t* queries = p.packed_query + (row + q) * width;
-      for (int64_t s = 0; s < steps; ++s)
-        tile_product(keys + s * 32 * stride, stride, queries, width / 32, buffers.scores + s * 32 * 32);
       // 3. Softmax terms, one query per lane.
-      float* weighted = grad ? state.weighted_keys + q * width : nullptr;
-      auto softmax = p.args.rank ? softmax_tiles<true> : softmax_tiles<false>;
-      softmax(p, buffers.scores, n, p.positive2 + row + q, state.top + q, state.total + q, state.rank + q, weighted,
-              buffers.terms, steps);
-      // 4. weighted_keys += terms keys.
-      if (!grad) continue;
-      for (int64_t c = 0; c < width; c += 32)
-        tile_accumulate(buffers.terms, buffers.pairs + c / 16 * kTile, 32 * width, steps, weighted + c, width);
+      float* weighted = p.args.grad_query ? state.weighted_keys + q * width : nullptr;
+      uint16_t* terms = buffers.terms + q * p.plan.chunk;
+      softmax(p, buffers.scores + q * p.plan.chunk, n, p.positive2 + row + q, state.top + q, state.total + q,
+              state.rank + q, weighted, terms, steps);
+    }
+    // 4. weighted_keys += terms keys.
+    for (int64_t slab = 0; slab < width && p.args.grad_query; slab += kSlab) {
+      int64_t columns = std::min(kSlab, width - slab);
+      pair_keys(buffers, width, slab, columns, steps);
+      for (int64_t q = 0; q < rows; q += 32)
+        for (int64_t c = 0; c < columns; c += 32)
+          tile_accumulate(buffers.terms + q * p.plan.chunk, buffers.pairs + c * steps * 32, steps,
+                          state.weighted_keys + q * width + slab + c, width);
     }
   }
 }

@@ -16,7 +16,8 @@ namespace perfvl::cuda {
 
 // Returns the cudaError_t of this very launch: cudaGetLastError() after <<<>>> would also report somebody else's.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Arguments&... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+           const Arguments&... arguments) {
 #if defined(__CUDACC__)
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block;

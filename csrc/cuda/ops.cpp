@@ -56,8 +56,9 @@ Tensor scale_rows(const Tensor& rows, const Tensor& scale, ScalarType dtype) {
   Matrix from = matrix(rows);
   Tensor out = empty_matrix(from.rows, from.cols, dtype_of(dtype), device);
   if (from.rows > 0 && from.cols > 0)  // CUDA refuses an empty grid
-    STD_CUDA_CHECK(cudaError_t(cuda::scale_rows(from, static_cast<const float*>(scale.const_data_ptr()), scale.stride(0), dtype_of(dtype),
-                                                out.mutable_data_ptr(), current_stream(device))));
+    STD_CUDA_CHECK(
+        cudaError_t(cuda::scale_rows(from, static_cast<const float*>(scale.const_data_ptr()), scale.stride(0),
+                                     dtype_of(dtype), out.mutable_data_ptr(), current_stream(device))));
   return out;
 }
 

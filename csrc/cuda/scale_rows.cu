@@ -3,11 +3,10 @@
 // One multiplication per element, so memory is the whole cost: rows read once, out written once, 2 to 8 bytes per
 // element where torch's widen, multiply and round move up to 24 in three launches. At the sizes of a loss (256 x 128,
 // 0.2 MB) the launch itself is the cost: one vector per thread, every SM at work, no integer division to find the row.
-#include "cuda/scale_rows.h"
-
 #include <algorithm>
 
 #include "cuda/launch.cuh"
+#include "cuda/scale_rows.h"
 
 namespace perfvl::cuda {
 namespace {
@@ -27,13 +26,18 @@ constexpr int kVector = 16 / (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out
 // threadIdx.y and blockIdx.x run over rows, threadIdx.x and blockIdx.y over `pieces` of kCount columns.
 template <class In, class Out, int kCount>
 __global__ void __launch_bounds__(kThreads)
-    scale_rows_kernel(const In* __restrict__ rows, int64_t row_stride, int64_t col_stride, const float* __restrict__ scale,
-                      int64_t scale_stride, Out* __restrict__ out, int64_t count, int64_t pieces) {
+    scale_rows_kernel(const In* __restrict__ rows, int64_t row_stride, int64_t col_stride,
+                      const float* __restrict__ scale, int64_t scale_stride, Out* __restrict__ out, int64_t count,
+                      int64_t pieces) {
   using InVector = Vector<In, kCount>;
   using OutVector = Vector<Out, kCount>;
   int64_t row_step = int64_t(gridDim.x) * blockDim.y, piece_step = int64_t(gridDim.y) * blockDim.x;
+  // Unrolled, either loop would begin with a 64-bit division for its trip count: longer than all the rest at small
+  // sizes.
+#pragma unroll 1
   for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < count; row += row_step) {
     float factor = scale[row * scale_stride];
+#pragma unroll 1
     for (int64_t piece = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; piece < pieces; piece += piece_step) {
       const In* from = rows + row * row_stride + piece * kCount * col_stride;
       InVector in = *reinterpret_cast<const InVector*>(from);
@@ -53,8 +57,9 @@ int run(const Matrix& m, const float* scale, int64_t scale_stride, void* out, vo
   dim3 block(lanes, kThreads / lanes);
   int64_t across = std::min(ceil_div(pieces, lanes), kBlocks);
   int64_t down = std::min(ceil_div(m.rows, block.y), ceil_div(kBlocks, across));
-  return launch(scale_rows_kernel<In, Out, kCount>, dim3(unsigned(down), unsigned(across)), block, 0, stream, static_cast<const In*>(m.data),
-                m.row_stride, m.col_stride, scale, scale_stride, static_cast<Out*>(out), m.rows, pieces);
+  return launch(scale_rows_kernel<In, Out, kCount>, dim3(unsigned(down), unsigned(across)), block, 0, stream,
+                static_cast<const In*>(m.data), m.row_stride, m.col_stride, scale, scale_stride, static_cast<Out*>(out),
+                m.rows, pieces);
 }
 
 bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
