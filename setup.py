@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,17 @@ def cuda_home() -> Path | None:
 
 
 def cuda_archs() -> list[str]:
-    given = os.environ.get("PERFVL_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
-    return [arch.removesuffix("+PTX").replace(".", "") for arch in given.replace(" ", ";").split(";") if arch]
+    """The GPUs to compile for: those asked for, else those of CUDA_ARCHS that this nvcc knows."""
+    given = os.environ.get("PERFVL_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not given:
+        listed = subprocess.run(
+            [f"{cuda_home()}/bin/nvcc", "--list-gpu-code"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        return [arch for arch in CUDA_ARCHS.split(";") if f"sm_{arch.rstrip('af')}" in listed.stdout.split()]
+    archs = [arch.removesuffix("+PTX").replace(".", "") for arch in given.replace(" ", ";").split(";") if arch]
+    if not archs or not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
+        raise SystemExit(f'PERFVL_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST is {given!r}, expected numbers such as "8.0;9.0a"')
+    return archs
 
 
 def gencode(archs: list[str]) -> str:
@@ -163,12 +173,13 @@ def cuda_rules(torch: Path, work: Path) -> str:
     home = cuda_home()
     common = "-std=c++20 -O3 -Icsrc"
     rules = {
-        "cxx": f"{compiler()} {common} -fPIC -fvisibility=hidden -Wall -DUSE_CUDA $flags -isystem {home}/include -MMD -MF $out.d -c $in -o $out",
-        "nvcc": f"{home}/bin/nvcc -ccbin {compiler()} {common} -lineinfo -Xcompiler -fPIC,-fvisibility=hidden {gencode(cuda_archs())} "
-        "-MD -MF $out.d -c $in -o $out",
+        "cxx": f"{compiler()} {common} -fPIC -fvisibility=hidden -Wall -DUSE_CUDA $flags -isystem {home}/include "
+        "-MMD -MF $out.d -c $in -o $out",
+        "nvcc": f"{home}/bin/nvcc -ccbin {compiler()} {common} -lineinfo -Xcompiler -fPIC,-fvisibility=hidden "
+        f"{gencode(cuda_archs())} -MD -MF $out.d -c $in -o $out",
         # libtorch.so is NEEDed on purpose: on a CUDA torch it brings libtorch_cuda, whose symbols this library calls.
-        "link": f"{compiler()} -shared $in -Wl,--no-as-needed -L{torch}/lib -ltorch -ltorch_cpu -L{home}/lib64 -lcudart_static -lrt -ldl "
-        "-lpthread -Wl,--exclude-libs,ALL -o $out",
+        "link": f"{compiler()} -shared $in -Wl,--no-as-needed -L{torch}/lib -ltorch -ltorch_cpu "
+        f"-L{home}/lib64 -L{home}/lib -lcudart_static -lrt -ldl -lpthread -Wl,--exclude-libs,ALL -o $out",
     }
     edges = [(work / "ops.o", "cxx", ROOT / "csrc/cuda/ops.cpp", torch_flags(torch))]
     edges += [(work / f"{s.stem}.cu.o", "nvcc", s, "") for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]

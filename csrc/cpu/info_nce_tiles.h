@@ -87,22 +87,27 @@ inline void pair_keys(const TileBuffers& buffers, int64_t width, int64_t slab, i
 template <bool kRank>
 void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float* positive2, float* top, float* total,
                    int32_t* rank, float* weighted_keys, uint16_t* terms, int64_t steps) {
-  for (int64_t half = 0; half < 2;
-       ++half, scores += 16, terms += steps * kTile, top += 16, total += 16, rank += 16, positive2 += 16) {
-    Vec most = broadcast(-__builtin_inff()), first = load<Vec>(positive2);
-    for (int64_t j = 0; j < n; ++j) most = max(most, load<Vec>(scores + j * 32) * p.scale2);
-    for (int lane = 0; lane < 16; ++lane) {
-      if (!(most[lane] > top[lane] + kSlack)) continue;
-      float factor = std::exp2(top[lane] - most[lane]);
-      top[lane] = most[lane];
-      total[lane] *= factor;
-      if (weighted_keys) scale_row(weighted_keys + (half * 16 + lane) * p.plan.width, p.plan.width, factor);
-    }
-    Vec base = load<Vec>(top), sums = load<Vec>(total);
-    IntVec counts = load<IntVec>(rank);
+  // 1. The chunk's largest logit of every query; where it is far above the row's reference point, that moves.
+  Vec most[2] = {broadcast(-__builtin_inff()), broadcast(-__builtin_inff())};
+  for (int64_t j = 0; j < n; ++j)
+    for (int half = 0; half < 2; ++half)
+      most[half] = max(most[half], load<Vec>(scores + j * 32 + half * 16) * p.scale2);
+  for (int64_t q = 0; q < 32; ++q) {
+    float chunk_top = most[q / 16][q % 16];
+    if (!(chunk_top > top[q] + kSlack)) continue;
+    float factor = std::exp2(top[q] - chunk_top);
+    top[q] = chunk_top;
+    total[q] *= factor;
+    if (weighted_keys) scale_row(weighted_keys + q * p.plan.width, p.plan.width, factor);
+  }
+  // 2. Terms of two neighbouring keys become a pair; 16 pairs of 16 queries, turned, are a tile of rows.
+  for (int64_t half = 0; half < 2; ++half) {
+    Vec base = load<Vec>(top + half * 16), sums = load<Vec>(total + half * 16),
+        first = load<Vec>(positive2 + half * 16);
+    IntVec counts = load<IntVec>(rank + half * 16);
     auto term = [&](int64_t j) {
       if (j >= n) return Vec{};
-      Vec score = load<Vec>(scores + j * 32);
+      Vec score = load<Vec>(scores + j * 32 + half * 16);
       if constexpr (kRank) counts += at_least(score * p.scale2, first);
       Vec t = exp2(fma(score, broadcast(p.scale2), -base));
       sums += t;
@@ -116,10 +121,11 @@ void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float
       }
       if (!weighted_keys) continue;
       transpose(pairs);
-      for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(terms + s * kTile + j * 32, pairs[j]);
+      uint16_t* tile = terms + (half * steps + s) * kTile;
+      for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(tile + j * 32, pairs[j]);
     }
-    store(total, sums);
-    store(rank, counts);
+    store(total + half * 16, sums);
+    store(rank + half * 16, counts);
   }
 }
 
