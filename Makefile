@@ -26,7 +26,7 @@ format: $(VENV)/installed
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 readme: $(VENV)/installed ## README's tables from benchmarks/results/*.json
-	$(PY) -m perfvl.benchmarks.tables README.md
+	$(PY) -m perfvl.benchmarks.tables README.md benchmarks/results/*.json
 
 $(VENV)/environment: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

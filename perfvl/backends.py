@@ -86,14 +86,14 @@ def triton_missing(device_index: int = 0) -> str | None:
     return None
 
 
-def choose(device: torch.device, cuda: Literal["native", "triton"]) -> Backend:
-    """The backend for an op whose CUDA kernels are of kind `cuda`. Depends on the device alone, never on data."""
+def choose(tensor: torch.Tensor, cuda: Literal["native", "triton"]) -> Backend:
+    """The backend for an op on `tensor` whose CUDA kernels are of kind `cuda`. Never depends on data."""
     if _forced == "reference":
         return "reference"
-    if device.type == "cpu":
+    if tensor.is_cpu:
         return "reference" if CPU_MISSING else "native"
-    if device.type == "cuda":
-        missing = triton_missing(device.index or 0) if cuda == "triton" else cuda_missing()
+    if tensor.is_cuda:
+        missing = triton_missing(tensor.device.index or 0) if cuda == "triton" else cuda_missing()
         return "reference" if missing else cuda
     return "reference"
 

@@ -23,8 +23,8 @@ def bad_type(op: str, argument: str, got: object, expected: str) -> NoReturn:
     raise TypeError(f"{op}: `{argument}` got {got}, expected {expected}")
 
 
-def check_matrix(op: str, argument: str, value: object) -> None:
-    """`value` must be a two-dimensional, strided, floating-point tensor."""
+def check_matrix(op: str, argument: str, value: object, query: Tensor | None = None) -> None:
+    """`value` must be a two-dimensional, strided, floating-point tensor, on the device of `query`."""
     if not isinstance(value, Tensor):
         bad_type(op, argument, type(value).__name__, "a torch.Tensor")
     if value.dtype not in FLOATING:
@@ -33,17 +33,19 @@ def check_matrix(op: str, argument: str, value: object) -> None:
         bad_type(op, argument, value.layout, "a dense (strided) tensor")
     if value.dim() != 2:
         bad_value(op, argument, f"shape {tuple(value.shape)}", "2 dimensions")
+    if query is not None and value.device != query.device:
+        bad_value(op, argument, f"device {value.device}", f"the query's device {query.device}")
 
 
-def check_temperature(op: str, value: object, device: torch.device) -> None:
-    """A float that is finite and not zero (negative is allowed), or a one-element floating tensor on `device`."""
+def check_temperature(op: str, value: object, query: Tensor) -> None:
+    """A float that is finite and not zero (negative is allowed), or a one-element floating tensor beside `query`."""
     if isinstance(value, Tensor):
         if value.dtype not in FLOATING:
             bad_type(op, "temperature", value.dtype, "a floating-point tensor")
         if value.numel() != 1:
             bad_value(op, "temperature", f"shape {tuple(value.shape)}", "a float or a tensor with one element")
-        if value.device != device:
-            bad_value(op, "temperature", f"device {value.device}", f"the query's device {device}")
+        if value.device != query.device:
+            bad_value(op, "temperature", f"device {value.device}", f"the query's device {query.device}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         bad_type(op, "temperature", type(value).__name__, "a float or a tensor with one element")
     elif value == 0 or not math.isfinite(value):

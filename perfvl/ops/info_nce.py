@@ -94,8 +94,9 @@ def info_nce(
         >>> key, queue = F.normalize(torch.randn(8, 128), dim=1), F.normalize(torch.randn(4096, 128), dim=1)
         >>> info_nce(query, key, queue, temperature=0.2).backward()
     """
-    arguments = (query, positive, queue, temperature, normalize, valid, label_smoothing, reduction)
-    return _evaluate("info_nce", *arguments, with_rank=False)[0]
+    return _evaluate(
+        "info_nce", query, positive, queue, temperature, normalize, valid, label_smoothing, reduction, False
+    )[0]
 
 
 def info_nce_stats(
@@ -119,8 +120,11 @@ def info_nce_stats(
         >>> out = info_nce_stats(torch.randn(8, 16), torch.randn(8, 16), torch.randn(64, 16))
         >>> accuracy_at_1 = (out.rank == 0).float().mean()
     """
-    arguments = (query, positive, queue, temperature, normalize, valid, label_smoothing, reduction)
-    return InfoNCEOutput(*_evaluate("info_nce_stats", *arguments, with_rank=True))
+    return InfoNCEOutput(
+        *_evaluate(
+            "info_nce_stats", query, positive, queue, temperature, normalize, valid, label_smoothing, reduction, True
+        )
+    )
 
 
 def _evaluate(
@@ -144,7 +148,7 @@ def _evaluate(
     if (
         compute_dtype == torch.float64
         or query.shape[1] == 0
-        or backends.choose(query.device, cuda="triton") == "reference"
+        or backends.choose(query, cuda="triton") == "reference"
     ):
         return reference.info_nce(
             query,
@@ -186,19 +190,16 @@ def _check(
     label_smoothing: float,
     reduction: str,
 ) -> None:
-    for name, value in (("query", query), ("positive", positive), ("queue", queue)):
-        check_matrix(op, name, value)
-    device = query.device
-    for name, value in (("positive", positive), ("queue", queue)):
-        if value.device != device:
-            bad_value(op, name, f"device {value.device}", f"the query's device {device}")
+    check_matrix(op, "query", query)
+    check_matrix(op, "positive", positive, query)
+    check_matrix(op, "queue", queue, query)
     if positive.shape != query.shape:
         bad_value(op, "positive", f"shape {tuple(positive.shape)}", f"the query's shape {tuple(query.shape)}")
     if queue.shape[1] != query.shape[1]:
         bad_value(op, "queue", f"shape {tuple(queue.shape)}", f"(K, {query.shape[1]}): keys as wide as the queries")
     if queue.requires_grad:
         bad_value(op, "queue", "a tensor that requires grad", "constant keys: pass queue.detach()")
-    check_temperature(op, temperature, device)
+    check_temperature(op, temperature, query)
     if valid is not None:
         _check_valid(op, valid, queue)
     if not 0.0 <= label_smoothing <= 1.0:
@@ -227,14 +228,14 @@ def _normalized(x: Tensor) -> Tensor:
 
 
 def _compute_dtype(query: Tensor, positive: Tensor, queue: Tensor) -> torch.dtype:
-    dtypes = (query.dtype, positive.dtype, queue.dtype)
-    if torch.float64 in dtypes:
+    query_dtype, queue_dtype = query.dtype, queue.dtype
+    if torch.float64 in (query_dtype, positive.dtype, queue_dtype):
         return torch.float64
-    if torch.is_autocast_enabled(query.device.type):
-        return torch.get_autocast_dtype(query.device.type)
-    if queue.dtype != torch.float32 and query.dtype in (queue.dtype, torch.float32):
-        return queue.dtype
-    return torch.float32
+    device = "cpu" if query.is_cpu else query.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    # Two different half dtypes have no common one but float32.
+    return queue_dtype if query_dtype in (queue_dtype, torch.float32) else torch.float32
 
 
 def _sum_of_keys(queue: Tensor, valid: Tensor | None) -> tuple[Tensor, int | Tensor]:

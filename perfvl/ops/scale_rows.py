@@ -14,7 +14,7 @@ def scale_rows(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
     Private to the ops' backward passes. On CUDA one kernel instead of three (widen, multiply, round); elsewhere torch.
     """
-    if rows.device.type == "cuda" and backends.choose(rows.device, cuda="native") == "native":
+    if rows.is_cuda and backends.choose(rows, cuda="native") == "native":
         return torch.ops.perfvl.scale_rows.default(rows, scale, dtype)
     return (rows * scale.unsqueeze(1)).to(dtype)
 

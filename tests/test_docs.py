@@ -1,0 +1,32 @@
+"""Every Python block of the README and every example of a public docstring runs."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+import perfvl.nn
+from perfvl.ops import info_nce
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert len(blocks) >= 2
+    namespace: dict[str, object] = {}
+    losses = []
+    for block in blocks:
+        exec(block, namespace)
+        losses.append(namespace["loss"].item())  # type: ignore[attr-defined]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("module", [info_nce, perfvl.nn.info_nce], ids=lambda m: m.__name__)
+def test_docstring_examples_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
