@@ -58,10 +58,24 @@ Tensor view_float(const float* data, int64_t rows, int64_t cols, int64_t row_str
   return Tensor(handle);
 }
 
+// A few thousand multiplications are done before a call of BLAS has begun.
+void gemm_small(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t c_stride, bool accumulate) {
+  for (int64_t i = 0; i < m; ++i) {
+    float* out = c + i * c_stride;
+    if (!accumulate) std::fill_n(out, n, 0.f);
+    for (int64_t l = 0; l < k; ++l) {
+      float left = a.data[i * a.row_stride + l * a.col_stride];
+      const float* right = b.data + l * b.row_stride;
+      for (int64_t j = 0; j < n; ++j) out[j] += left * right[j * b.col_stride];
+    }
+  }
+}
+
 // torch's own product: its BLAS, its precision settings. Inside parallel_for it runs on the calling thread alone.
 void gemm(void*, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t c_stride, bool accumulate) {
-  Tensor left = view_float(a.data, m, k, a.row_stride, a.col_stride),
-         right = view_float(b.data, k, n, b.row_stride, b.col_stride);
+  if (m * n * k <= 4096) return gemm_small(m, n, k, a, b, c, c_stride, accumulate);
+  Tensor left = view_float(a.data, m, k, a.row_stride, a.col_stride);
+  Tensor right = view_float(b.data, k, n, b.row_stride, b.col_stride);
   Tensor out = view_float(c, m, n, c_stride, 1);
   STABLE_TORCH_ERROR_CODE_CHECK(accumulate
                                     ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0)
@@ -97,24 +111,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
   bool mean = reduction == 1, reduce = reduction != 0;
   args.row_factor = mean ? 1.f / float(rows) : 1.f;
 
-  Tensor loss = empty_float({rows}), lse = empty_float({rows}), positive_logit = empty_float({rows});
+  Tensor loss = reduce ? empty_float({}) : empty_float({rows});
+  Tensor lse = empty_float({rows}), positive_logit = empty_float({rows});
   Tensor rank = empty_dense({with_rank ? rows : 0}, aoti_torch_dtype_int32());
   Tensor grad_query = empty_float({with_grad ? rows : 0, dim}), positive_weight = empty_float({with_grad ? rows : 0});
   auto floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
-  args.loss = floats(loss), args.lse = floats(lse), args.positive_logit = floats(positive_logit);
+  args.lse = floats(lse), args.positive_logit = floats(positive_logit);
   if (with_rank) args.rank = static_cast<int32_t*>(rank.mutable_data_ptr());
   if (with_grad) args.grad_query = floats(grad_query), args.positive_weight = floats(positive_weight);
   args.host = {nullptr, int64_t(torch::stable::get_num_threads()), run_parallel, gemm};
 
-  if (rows > 0) {
-    const InfoNceKernel& kernel = *current_level()->info_nce;
-    Tensor scratch = empty_dense({kernel.scratch_bytes(args)}, aoti_torch_dtype_uint8());
-    kernel.run(args, scratch.mutable_data_ptr());
-  }
+  const InfoNceKernel& kernel = *current_level()->info_nce;
+  int64_t kernel_bytes = rows ? kernel.scratch_bytes(args) : 0;
+  Tensor scratch = empty_dense({kernel_bytes + rows * int64_t(sizeof(float))}, aoti_torch_dtype_uint8());
+  char* base = static_cast<char*>(scratch.mutable_data_ptr());
+  args.loss = reduce ? reinterpret_cast<float*>(base + kernel_bytes) : floats(loss);
+  if (rows) kernel.run(args, base);
   if (reduce) {
     double total = 0;
     for (int64_t i = 0; i < rows; ++i) total += args.loss[i];
-    loss = empty_float({});
     *floats(loss) = float(mean ? total / double(rows) : total);
   }
   return {loss, lse, positive_logit, rank, grad_query, positive_weight};
