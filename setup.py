@@ -130,7 +130,11 @@ class NinjaBuild(build_ext):
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([*command, "-f", str(work / "build.ninja"), *jobs], cwd=ROOT, check=True)
+        if subprocess.run([*command, "-f", str(work / "build.ninja"), *jobs], cwd=ROOT).returncode:
+            which = "CUDA" if ext.name.endswith("_cuda") else "NATIVE"
+            raise SystemExit(
+                f"building {ext.name} failed (see above); PERFVL_BUILD_{which}=0 installs perfvl without it"
+            )
         shutil.copyfile(work / "out.so", output)
 
 

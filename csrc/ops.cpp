@@ -1,47 +1,22 @@
 // The CPU side of perfvl's torch ops: tensors in, raw pointers to the kernels. Built on libtorch's stable ABI, so one
 // binary serves every torch from 2.11 on. Schemas are defined in Python (perfvl/ops), as is every check of arguments.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "tensor.h"
 
 namespace perfvl {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor empty_dense(std::vector<int64_t> sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; --i)
-    strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-Tensor empty_float(std::vector<int64_t> sizes) { return empty_dense(std::move(sizes), aoti_torch_dtype_float32()); }
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, "perfvl: float32, bfloat16 or float16 expected");
-  }
-}
-
-Matrix matrix(const Tensor& t) {
-  return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1), dtype_of(t)};
-}
+Tensor empty_float(const std::vector<int64_t>& sizes) { return empty_dense(sizes, aoti_torch_dtype_float32()); }
 
 void run_parallel(int64_t n, void* state, void (*body)(void*, int64_t)) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {

@@ -5,7 +5,7 @@
 // Either is one dense kilobyte, so that a tile load touches 16 neighbouring cache lines.
 #pragma once
 
-#include "cpu/common.h"
+#include "common.h"
 #include "cpu/vec.h"
 
 #if defined(__AVX512BF16__)

@@ -1,7 +1,7 @@
 // Rows of any supported dtype and stride, as dense float32 or bfloat16 rows.
 #pragma once
 
-#include "cpu/common.h"
+#include "common.h"
 #include "cpu/vec.h"
 
 namespace perfvl {

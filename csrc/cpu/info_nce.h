@@ -1,7 +1,7 @@
 // The arguments of the InfoNCE kernel and the kernel table of one ISA level.
 #pragma once
 
-#include "cpu/common.h"
+#include "common.h"
 
 namespace perfvl {
 

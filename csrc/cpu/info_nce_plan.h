@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/common.h"
+#include "common.h"
 #include "cpu/convert.h"
 #include "cpu/info_nce.h"
 
@@ -73,7 +73,7 @@ inline Plan make_plan(const InfoNceArgs& a, bool tiles) {
   Plan p{};
   int64_t rows = a.query.rows, dim = a.query.cols, keys = a.queue.rows;
   p.tiles = tiles;
-  p.width = tiles ? round_up(dim, 32) : dim;
+  p.width = tiles ? round_up(std::max<int64_t>(dim, 1), 32) : dim;
   // Rows of a block share one pass over the keys; its accumulator should stay in the core's own cache.
   p.block = tiles ? std::min<int64_t>(round_up(rows, 32), 256) : std::min<int64_t>(rows, 256);
   // Keys of a chunk are read from memory once and used twice: they should stay in the core's cache between the two

@@ -102,8 +102,8 @@ void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float
   }
   // 2. Terms of two neighbouring keys become a pair; 16 pairs of 16 queries, turned, are a tile of rows.
   for (int64_t half = 0; half < 2; ++half) {
-    Vec base = load<Vec>(top + half * 16), sums = load<Vec>(total + half * 16),
-        first = load<Vec>(positive2 + half * 16);
+    Vec base = load<Vec>(top + half * 16), first = load<Vec>(positive2 + half * 16);
+    Vec sums = {};  // of this chunk alone: one running float32 sum over a long queue would drift
     IntVec counts = load<IntVec>(rank + half * 16);
     auto term = [&](int64_t j) {
       if (j >= n) return Vec{};
@@ -124,7 +124,7 @@ void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float
       uint16_t* tile = terms + (half * steps + s) * kTile;
       for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(tile + j * 32, pairs[j]);
     }
-    store(total + half * 16, sums);
+    store(total + half * 16, load<Vec>(total + half * 16) + sums);
     store(rank + half * 16, counts);
   }
 }

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/common.h"
+#include "common.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

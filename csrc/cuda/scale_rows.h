@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cpu/common.h"
+#include "common.h"
 
 namespace perfvl::cuda {
 

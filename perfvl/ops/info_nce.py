@@ -145,11 +145,7 @@ def _evaluate(
     if isinstance(valid, int):
         queue, valid = queue[:valid], None
     compute_dtype = _compute_dtype(query, positive, queue)
-    if (
-        compute_dtype == torch.float64
-        or query.shape[1] == 0
-        or backends.choose(query, cuda="triton") == "reference"
-    ):
+    if compute_dtype == torch.float64 or query.shape[1] == 0 or backends.choose(query, cuda="triton") == "reference":
         return reference.info_nce(
             query,
             positive,

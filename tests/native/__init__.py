@@ -1,0 +1,1 @@
+"""Kernels of csrc without torch: bound to numpy, sanitized, and CUDA ones run on the CPU."""

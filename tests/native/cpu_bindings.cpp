@@ -1,0 +1,116 @@
+// The InfoNCE CPU kernels of every ISA level on numpy arrays, with a host that is as plain as can be.
+#include <thread>
+
+#include "cpu/isa.h"
+#include "guarded.h"
+
+namespace {
+
+using namespace native_tests;
+using namespace perfvl;
+
+struct Schedule {
+  int64_t threads;
+  bool reverse;  // last index first: a result that depends on the order of tasks changes
+};
+
+Schedule schedule{1, false};
+
+void parallel_for(int64_t n, void* state, void (*body)(void*, int64_t)) {
+  Schedule s = schedule;
+  auto work = [=](int64_t worker) {
+    for (int64_t i = worker; i < n; i += s.threads) body(state, s.reverse ? n - 1 - i : i);
+  };
+  std::vector<std::thread> others;
+  for (int64_t worker = 1; worker < std::min(s.threads, n); ++worker) others.emplace_back(work, worker);
+  work(0);
+  for (std::thread& thread : others) thread.join();
+}
+
+// Four columns at a time, so that the compiler need not: any strides, sums in float64. Left to the guard pages, for
+// under the sanitizers it would take nearly all of the time.
+[[gnu::no_sanitize("address", "undefined"), gnu::optimize("O2")]]
+void gemm(void*, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t c_stride, bool accumulate) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; j += 4) {
+      double sums[4] = {};
+      int64_t width = std::min<int64_t>(4, n - j);
+      for (int64_t t = 0; t < k; ++t) {
+        double left = a.data[i * a.row_stride + t * a.col_stride];
+        const float* right = b.data + t * b.row_stride + j * b.col_stride;
+        for (int64_t w = 0; w < width; ++w) sums[w] += left * right[w * b.col_stride];
+      }
+      float* out = c + i * c_stride + j;
+      for (int64_t w = 0; w < width; ++w) out[w] = float(sums[w] + (accumulate ? out[w] : 0.f));
+    }
+  }
+}
+
+py::dict info_nce(const std::string& level, const py::array& query, const py::array& positive, const py::array& queue,
+                  double scale, bool bfloat16_products, double row_factor, bool with_rank, bool with_grad,
+                  int64_t threads, bool reverse) {
+  const Level* found = find_level(level.c_str());
+  if (!found) throw std::invalid_argument("this machine has no level " + level);
+  GuardedInput queries(query), positives(positive), keys(queue);
+  int64_t rows = query.shape(0), dim = query.shape(1), graded = with_grad ? rows : 0;
+  Guarded loss(4 * rows), lse(4 * rows), positive_logit(4 * rows), rank(with_rank ? 4 * rows : 0);
+  Guarded grad_query(4 * graded * dim), positive_weight(4 * graded);
+
+  InfoNceArgs args{};
+  args.query = queries.matrix(), args.positive = positives.matrix(), args.queue = keys.matrix();
+  args.scale = float(scale), args.row_factor = float(row_factor), args.bfloat16_products = bfloat16_products;
+  args.loss = loss.data<float>(), args.lse = lse.data<float>(), args.positive_logit = positive_logit.data<float>();
+  if (with_rank) args.rank = rank.data<int32_t>();
+  if (with_grad) args.grad_query = grad_query.data<float>(), args.positive_weight = positive_weight.data<float>();
+  args.host = {nullptr, threads, parallel_for, gemm};
+  schedule = {threads, reverse};
+
+  Guarded scratch(found->info_nce->scratch_bytes(args));
+  if (reinterpret_cast<uintptr_t>(scratch.data()) % 64)
+    throw std::runtime_error("scratch is not a multiple of 64 bytes");
+  found->info_nce->run(args, scratch.data());
+  scratch.check("scratch");
+
+  py::dict out;
+  py::dtype floats = py::dtype::of<float>();
+  out["loss"] = loss.array(floats, {rows}, "loss");
+  out["lse"] = lse.array(floats, {rows}, "lse");
+  out["positive_logit"] = positive_logit.array(floats, {rows}, "positive_logit");
+  if (with_rank) out["rank"] = rank.array(py::dtype::of<int32_t>(), {rows}, "rank");
+  if (with_grad) {
+    out["grad_query"] = grad_query.array(floats, {rows, dim}, "grad_query");
+    out["positive_weight"] = positive_weight.array(floats, {rows}, "positive_weight");
+  }
+  return out;
+}
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const Level* level = levels_begin(); level->name; ++level)
+    if (level->supported()) names.push_back(level->name);
+  return names;
+}
+
+// Reads one float past an array of n, or writes one, for the test that this harness notices.
+void one_past(int64_t n, bool write) {
+  Guarded memory(4 * n);
+  volatile float* data = memory.data<float>();
+  if (write)
+    data[n] = 1.f;
+  else
+    (void)data[n];
+}
+
+}  // namespace
+
+PYBIND11_MODULE(native_cpu, m) {
+  m.def("levels", [] {
+    py::list names;
+    for (const std::string& name : levels()) names.append(name);
+    return names;
+  });
+  m.def("one_past", one_past);
+  m.def("info_nce", info_nce, py::arg("level"), py::arg("query"), py::arg("positive"), py::arg("queue"), py::kw_only(),
+        py::arg("scale"), py::arg("bfloat16_products") = false, py::arg("row_factor") = 1.0,
+        py::arg("with_rank") = true, py::arg("with_grad") = true, py::arg("threads") = 1, py::arg("reverse") = false);
+}
