@@ -29,7 +29,7 @@ def check_matrix(op: str, argument: str, value: object, query: Tensor | None = N
         bad_type(op, argument, type(value).__name__, "a torch.Tensor")
     if value.dtype not in FLOATING:
         bad_type(op, argument, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         bad_type(op, argument, value.layout, "a dense (strided) tensor")
     if value.dim() != 2:
         bad_value(op, argument, f"shape {tuple(value.shape)}", "2 dimensions")

@@ -145,7 +145,7 @@ def _evaluate(
     if isinstance(valid, int):
         queue, valid = queue[:valid], None
     compute_dtype = _compute_dtype(query, positive, queue)
-    if compute_dtype == torch.float64 or query.shape[1] == 0 or backends.choose(query, cuda="triton") == "reference":
+    if compute_dtype == torch.float64 or query.numel() == 0 or backends.choose(query, cuda="triton") == "reference":
         return reference.info_nce(
             query,
             positive,
@@ -165,7 +165,7 @@ def _evaluate(
     if needs_grad:
         loss, lse, positive_logit, rank = _InfoNCE.apply(*arguments)
     else:
-        loss, lse, positive_logit, rank, _, _ = torch.ops.perfvl.info_nce.default(*arguments, False)
+        loss, lse, positive_logit, rank, _, _ = _OP(*arguments, False)
     if label_smoothing:
         # loss_smooth = loss + eps (l_0 - mean of all logits); the mean needs only the sum of the keys.
         total, count = _sum_of_keys(queue, valid)
@@ -189,10 +189,11 @@ def _check(
     check_matrix(op, "query", query)
     check_matrix(op, "positive", positive, query)
     check_matrix(op, "queue", queue, query)
-    if positive.shape != query.shape:
-        bad_value(op, "positive", f"shape {tuple(positive.shape)}", f"the query's shape {tuple(query.shape)}")
-    if queue.shape[1] != query.shape[1]:
-        bad_value(op, "queue", f"shape {tuple(queue.shape)}", f"(K, {query.shape[1]}): keys as wide as the queries")
+    shape, queue_shape = query.shape, queue.shape
+    if positive.shape != shape:
+        bad_value(op, "positive", f"shape {tuple(positive.shape)}", f"the query's shape {tuple(shape)}")
+    if queue_shape[1] != shape[1]:
+        bad_value(op, "queue", f"shape {tuple(queue_shape)}", f"(K, {shape[1]}): keys as wide as the queries")
     if queue.requires_grad:
         bad_value(op, "queue", "a tensor that requires grad", "constant keys: pass queue.detach()")
     check_temperature(op, temperature, query)
@@ -248,7 +249,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, positive, queue, temperature, learned, valid, compute_dtype, reduction, with_rank):
-        loss, lse, positive_logit, rank, grad_query, positive_weight = torch.ops.perfvl.info_nce.default(
+        loss, lse, positive_logit, rank, grad_query, positive_weight = _OP(
             query, positive, queue, temperature, learned, valid, compute_dtype, reduction, with_rank, True
         )
         ctx.set_materialize_grads(False)
@@ -305,6 +306,7 @@ LIBRARY.define(
     "Tensor? valid, ScalarType compute_dtype, int reduction, bool with_rank, bool with_grad) "
     "-> (Tensor loss, Tensor lse, Tensor positive_logit, Tensor rank, Tensor grad_query, Tensor positive_weight)"
 )
+_OP = torch.ops.perfvl.info_nce.default
 
 
 @torch.library.register_fake("perfvl::info_nce", lib=LIBRARY)
