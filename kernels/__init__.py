@@ -1,0 +1,1 @@
+"""Triton kernels, one module per op. Importing this package imports none of them: they need Triton."""
