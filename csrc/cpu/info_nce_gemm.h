@@ -29,37 +29,44 @@ inline GemmBuffers gemm_buffers(const Problem& p, Arena& arena) {
 template <bool kRank>
 void softmax_terms(float* scores, int64_t n, float scale2, float positive2, float& top, float& total, int32_t& rank,
                    float* weighted_keys, int64_t width) {
+  constexpr int kUnroll = 4;  // independent chains: a maximum or a sum alone would wait for itself
   const float lowest = -__builtin_inff();
-  int64_t whole = n / kLanes * kLanes;
-  Vec tail = broadcast(lowest);
-  for (int64_t j = whole; j < n; ++j) tail[j - whole] = scores[j] * scale2;
-  Vec most = tail;
-  for (int64_t j = 0; j < whole; j += kLanes) most = max(most, load<Vec>(scores + j) * scale2);
-  float chunk_top = largest(most);
+  int64_t whole = n / (kUnroll * kLanes) * (kUnroll * kLanes);
+  Vec most[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) most[u] = broadcast(lowest);
+  for (int64_t j = 0; j < whole; j += kUnroll * kLanes)
+    for (int u = 0; u < kUnroll; ++u) most[u] = max(most[u], load<Vec>(scores + j + u * kLanes) * scale2);
+  float chunk_top = largest(max(max(most[0], most[1]), max(most[2], most[3])));
+  for (int64_t j = whole; j < n; ++j) chunk_top = std::max(chunk_top, scores[j] * scale2);
   if (chunk_top > top + kSlack) {
     float factor = std::exp2(top - chunk_top);
     top = chunk_top;
     total *= factor;
     if (weighted_keys) scale_row(weighted_keys, width, factor);
   }
-  Vec sums = {}, first = broadcast(positive2);
+  Vec sums[kUnroll] = {}, first = broadcast(positive2), base = broadcast(-top), scale = broadcast(scale2);
   IntVec counts = {};
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    Vec score = load<Vec>(scores + j);
-    if constexpr (kRank) counts += at_least(score * scale2, first);
-    Vec term = exp2(fma(score, broadcast(scale2), broadcast(-top)));
-    sums += term;
-    store(scores + j, term);
-  }
-  if (whole < n) {
-    Vec term = exp2(tail - top);
-    for (int64_t j = whole; j < n; ++j) {
-      if (kRank) rank += tail[j - whole] >= positive2;
-      scores[j] = term[j - whole];
-      total += scores[j];
+  for (int64_t j = 0; j < whole; j += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      Vec score = load<Vec>(scores + j + u * kLanes);
+      if constexpr (kRank) counts += at_least(score * scale, first);
+      Vec term = exp2(fma(score, scale, base));
+      sums[u] += term;
+      store(scores + j + u * kLanes, term);
     }
   }
-  total += sum(sums);
+  total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (int64_t j = whole; j < n; j += kLanes) {
+    int64_t lanes = std::min<int64_t>(kLanes, n - j);
+    Vec score = {};
+    std::memcpy(&score, scores + j, lanes * sizeof(float));
+    Vec term = exp2(fma(score, scale, base));
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      if (kRank) rank += score[lane] * scale2 >= positive2;
+      total += term[lane];
+    }
+    std::memcpy(scores + j, &term, lanes * sizeof(float));
+  }
   if constexpr (kRank)
     for (int lane = 0; lane < kLanes; ++lane) rank += counts[lane];
 }
@@ -81,9 +88,14 @@ inline void sweep_gemm(const Problem& p, int64_t task, const GemmBuffers& buffer
     // 2. scores = query keys^T.
     host.gemm(host.context, rows, n, p.dim, query, {keys.data, keys.col_stride, keys.row_stride}, buffers.scores,
               score_stride, false);
-    // 3. Softmax terms, row by row.
+    // 3. Softmax terms, row by row. Meanwhile the next chunk comes into the core's cache: BLAS would wait for it.
     auto terms = p.args.rank ? softmax_terms<true> : softmax_terms<false>;
+    int64_t value = queue.dtype == Dtype::float32 ? 4 : 2, step_keys = std::min(p.plan.chunk, end - first - n);
+    const char* next = static_cast<const char*>(queue.data) + (first + n) * queue.row_stride * value;
+    int64_t next_bytes = queue.col_stride == 1 && queue.row_stride == p.dim ? step_keys * p.dim * value : 0;
     for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t at = next_bytes * i / rows / 64 * 64; at < next_bytes * (i + 1) / rows; at += 64)
+        __builtin_prefetch(next + at, 0, 2);
       float* weighted = p.args.grad_query ? state.weighted_keys + i * p.plan.width : nullptr;
       terms(buffers.scores + i * score_stride, n, p.scale2, p.positive2[row + i], state.top[i], state.total[i],
             state.rank[i], weighted, p.plan.width);

@@ -64,13 +64,17 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 // 1 where a >= b, else 0.
 inline IntVec at_least(Vec a, Vec b) { return (a >= b) & 1; }
 
+#if defined(__AVX512F__)
+inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
+#else
 template <class F>
 inline float fold(Vec v, F f) {
   float lanes[kLanes];
   store(lanes, v);
-  float x = lanes[0];
-  for (int i = 1; i < kLanes; ++i) x = f(x, lanes[i]);
-  return x;
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = f(lanes[i], lanes[i + width]);
+  return lanes[0];
 }
 inline float sum(Vec v) {
   return fold(v, [](float a, float b) { return a + b; });
@@ -78,6 +82,7 @@ inline float sum(Vec v) {
 inline float largest(Vec v) {
   return fold(v, [](float a, float b) { return a > b ? a : b; });
 }
+#endif
 
 // 2^x for x <= 120, relative error 1.6e-7, exactly 1 at 0; 0 below 2^-126.5; NaN gives NaN.
 inline Vec exp2(Vec x) {
