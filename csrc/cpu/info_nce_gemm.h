@@ -88,11 +88,13 @@ inline void sweep_gemm(const Problem& p, int64_t task, const GemmBuffers& buffer
     // 2. scores = query keys^T.
     host.gemm(host.context, rows, n, p.dim, query, {keys.data, keys.col_stride, keys.row_stride}, buffers.scores,
               score_stride, false);
-    // 3. Softmax terms, row by row. Meanwhile the next chunk comes into the core's cache: BLAS would wait for it.
+    // 3. Softmax terms, row by row. Meanwhile the next chunk comes into the core's cache, where it is small enough not
+    // to drive out this one: BLAS would wait for it.
     auto terms = p.args.rank ? softmax_terms<true> : softmax_terms<false>;
-    int64_t value = queue.dtype == Dtype::float32 ? 4 : 2, step_keys = std::min(p.plan.chunk, end - first - n);
-    const char* next = static_cast<const char*>(queue.data) + (first + n) * queue.row_stride * value;
-    int64_t next_bytes = queue.col_stride == 1 && queue.row_stride == p.dim ? step_keys * p.dim * value : 0;
+    int64_t key_bytes = p.dim * (queue.dtype == Dtype::float32 ? 4 : 2);
+    const char* next = static_cast<const char*>(queue.data) + (first + n) * key_bytes;
+    int64_t next_bytes = std::min(p.plan.chunk, end - first - n) * key_bytes;
+    if (queue.col_stride != 1 || queue.row_stride != p.dim || next_bytes > 256 * 1024) next_bytes = 0;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t at = next_bytes * i / rows / 64 * 64; at < next_bytes * (i + 1) / rows; at += 64)
         __builtin_prefetch(next + at, 0, 2);

@@ -76,11 +76,9 @@ inline Plan make_plan(const InfoNceArgs& a, bool tiles) {
   p.width = tiles ? round_up(std::max<int64_t>(dim, 1), 32) : dim;
   // Rows of a block share one pass over the keys; its accumulator should stay in the core's own cache.
   p.block = tiles ? std::min<int64_t>(round_up(rows, 32), 256) : std::min<int64_t>(rows, 256);
-  // Keys of a chunk are read from memory once and used twice: they should stay in the core's cache between the two
-  // products. Below some hundred keys the products become inefficient. Measured at d = 128 to 2560, both dtypes.
-  // (Many queries on tiles do not mind: those work in slabs of columns.)
-  p.chunk = std::clamp<int64_t>(round_up(262144 / std::max<int64_t>(p.width, 1), 32), 128, 512);
-  if (tiles && rows > 64) p.chunk = 512;
+  // Keys of a chunk are read from memory once and used twice. For few queries reading is the cost: a chunk stays in the
+  // core's cache between the two products. For many the products are, and want longer sums. Measured, d = 128 to 2560.
+  p.chunk = rows > 64 ? 512 : std::clamp<int64_t>(round_up(262144 / std::max<int64_t>(p.width, 1), 32), 128, 512);
   p.chunk = std::min(p.chunk, round_up(std::max<int64_t>(keys, 1), 32));
   double flops = 4.0 * double(rows) * double(keys) * double(dim);
   p.workers = std::clamp<int64_t>(int64_t(flops / 1e6), 1, a.host.threads);
