@@ -14,7 +14,7 @@ namespace PVL_ISA {
 constexpr int64_t kSlab = 512;
 
 struct TileBuffers {
-  uint16_t* row;    // one queue row as dense bfloat16, where it is not that already
+  uint16_t* rows;   // 32 queue rows as dense bfloat16, where they are not that already
   uint16_t* keys;   // [chunk / 16][width / 32] tiles of rows
   uint16_t* pairs;  // [slab / 32][chunk / 32][2] tiles of pairs
   float* scores;    // [block / 32][chunk, 32]
@@ -23,7 +23,7 @@ struct TileBuffers {
 
 inline TileBuffers tile_buffers(const Problem& p, Arena& arena) {
   TileBuffers b{};
-  b.row = arena.take<uint16_t>(p.plan.width);
+  b.rows = arena.take<uint16_t>(32 * p.plan.width);
   b.keys = arena.take<uint16_t>(p.plan.chunk * p.plan.width);
   b.pairs = arena.take<uint16_t>(p.plan.chunk * std::min(p.plan.width, kSlab));
   b.scores = arena.take<float>(p.plan.chunk * p.plan.block);
@@ -53,18 +53,20 @@ inline void pack_keys(const Problem& p, int64_t first, int64_t n, const TileBuff
   const Matrix& queue = p.args.queue;
   int64_t width = p.plan.width;
   bool direct = queue.dtype == Dtype::bfloat16 && queue.col_stride == 1 && p.dim == width;
-  for (int64_t r = 0; r < round_up(n, 32); ++r) {
-    const uint16_t* row = buffers.row;
-    if (r >= n)
-      std::fill_n(buffers.row, width, uint16_t(0));
-    else if (direct)
-      row = static_cast<const uint16_t*>(queue.data) + (first + r) * queue.row_stride;
-    else
-      copy_rows(queue, first + r, 1, buffers.row, width);
-    uint16_t* tile = buffers.keys + r / 16 * 16 * width + r % 16 * 32;
-    for (int64_t c = 0; c < width; c += 32, tile += kTile) {
-      _mm_prefetch(reinterpret_cast<const char*>(row + c) + 4096, _MM_HINT_T0);  // past the ends of rows and pages
-      _mm512_store_si512(tile, _mm512_loadu_si512(row + c));
+  for (int64_t group = 0; group < n; group += 32) {
+    int64_t count = std::min<int64_t>(32, n - group), stride = direct ? queue.row_stride : width;
+    const uint16_t* rows = static_cast<const uint16_t*>(queue.data) + (first + group) * queue.row_stride;
+    if (!direct) {
+      copy_rows(queue, first + group, count, buffers.rows, width);
+      rows = buffers.rows;
+    }
+    for (int64_t r = 0; r < 32; ++r) {
+      uint16_t* tile = buffers.keys + (group + r / 16 * 16) * width + r % 16 * 32;
+      for (int64_t c = 0; c < width; c += 32, tile += kTile) {
+        const uint16_t* from = rows + r * stride + c;
+        if (direct) _mm_prefetch(reinterpret_cast<const char*>(from) + 4096, _MM_HINT_T0);  // past rows and pages
+        _mm512_store_si512(tile, r < count ? _mm512_loadu_si512(from) : _mm512_setzero_si512());
+      }
     }
   }
 }
