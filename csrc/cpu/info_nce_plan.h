@@ -82,10 +82,14 @@ inline Plan make_plan(const InfoNceArgs& a, bool tiles) {
   p.chunk = std::min(p.chunk, round_up(std::max<int64_t>(keys, 1), 32));
   double flops = 4.0 * double(rows) * double(keys) * double(dim);
   p.workers = std::clamp<int64_t>(int64_t(flops / 1e6), 1, a.host.threads);
+  // Every split keeps a gradient of its own. Where many threads and wide rows would make those large (64 MB), the rows
+  // are shared out instead.
+  int64_t most_splits = std::max<int64_t>((int64_t{64} << 20) / std::max<int64_t>(rows * p.width * 4, 1), 1);
+  p.block = std::min(p.block, std::max<int64_t>(round_up(ceil_div(rows, ceil_div(p.workers, most_splits)), 32), 32));
   p.blocks = std::max<int64_t>(ceil_div(rows, p.block), 1);
   int64_t chunks = std::max<int64_t>(ceil_div(keys, p.chunk), 1);
   // Fewest splits that keep the workers evenly busy.
-  for (p.splits = 1; p.splits < std::min(chunks, p.workers); ++p.splits)
+  for (p.splits = 1; p.splits < std::min({chunks, p.workers, most_splits}); ++p.splits)
     if (p.tasks() * 10 >= round_up(p.tasks(), p.workers) * 9) break;
   p.workers = std::min(p.workers, p.tasks());
   return p;
