@@ -77,7 +77,7 @@ def info_nce(
     dtypes may be mixed (float32, bfloat16, float16). Under autocast the products with the queue run in the autocast
     dtype; else in the queue's dtype if that is bfloat16 or float16 (the query is then rounded to it), else in float32.
     Sums, logits, exp and the saved gradient are float32; the positive's product uses its operands unrounded. On CUDA
-    float32 products follow torch's TF32 setting (``torch.set_float32_matmul_precision``). float64 inputs run the plain PyTorch reference.
+    float32 products follow torch's TF32 setting. float64 inputs run the plain PyTorch reference.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
