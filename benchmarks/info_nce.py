@@ -103,6 +103,7 @@ def contenders(temperature: float, queue_dtype: str) -> dict[str, Contender]:
             "torch.compile": row(peers.compiled, compiles=True),
             "chunked mm loop": row(peers.chunked_loop),
             "linear_cross_entropy": row(peers.linear_cross_entropy),
+            "cut cross-entropy": row(peers.cut_cross_entropy, compiles=True),
             "attention, K = V": row(peers.attention),
             "two products alone": row(peers.products_alone, "bound"),
         }

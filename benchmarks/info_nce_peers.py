@@ -148,27 +148,45 @@ def products_alone(queue: Tensor, temperature: float, *, dtype: torch.dtype = to
     return _one_pass(compute)
 
 
-def linear_cross_entropy(queue: Tensor, temperature: float) -> Loss:
-    """``F.linear_cross_entropy`` over the queue, then the positive joined through the log-sum-exp.
+def _over_the_queue(against_first: Callable[[Tensor, Tensor], Tensor], queue: Tensor, temperature: float) -> Loss:
+    """InfoNCE from a fused linear cross-entropy over the queue.
 
-    The op wants the target among the shared weights; the positive is not. So it is asked for -log softmax of queue row
-    0, from which the log-sum-exp over the queue follows: loss_i = softplus(lse_i - positive logit_i). Its default
-    chunking was 6 times slower than chunks of 64 rows at B = 256, K = 65,536, d = 128 on the CPU; the faster setting is
-    used.
+    Such an op wants the target among its weights; the positive is not. So it is asked for -log softmax of queue row 0
+    per query, from which the log-sum-exp over the queue follows: loss_i = softplus(lse_i - positive logit_i).
     """
-    if not hasattr(F, "linear_cross_entropy"):
-        raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64)
     first = queue[0]
 
     def loss(query: Tensor, positive: Tensor) -> Tensor:
         scaled = query / temperature
         target = torch.zeros(len(query), dtype=torch.long, device=query.device)
-        against_first = F.linear_cross_entropy(scaled, queue, target, reduction="none", options=options)
-        negative_lse = against_first + scaled @ first
+        negative_lse = against_first(scaled, target) + scaled @ first
         return F.softplus(negative_lse - (scaled * positive).sum(1)).mean()
 
     return loss
+
+
+def linear_cross_entropy(queue: Tensor, temperature: float) -> Loss:
+    """``F.linear_cross_entropy``. Its default chunking was 6 times slower than chunks of 64 rows at B = 256,
+    K = 65,536, d = 128 on the CPU; the faster setting is used.
+    """
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64)
+    return _over_the_queue(
+        lambda scaled, target: F.linear_cross_entropy(scaled, queue, target, reduction="none", options=options),
+        queue,
+        temperature,
+    )
+
+
+def cut_cross_entropy(queue: Tensor, temperature: float) -> Loss:
+    """Apple's cut cross-entropy (CCE), with its approximate gradient filter off; on the CPU its portable version."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cce
+    except ImportError:
+        raise Unavailable("needs cut-cross-entropy: pip install 'perfvl[peers]'") from None
+    exact = {"reduction": "none", "filter_eps": None, "impl": "cce" if queue.is_cuda else "torch_compile"}
+    return _over_the_queue(lambda scaled, target: cce(scaled, queue, target, **exact), queue, temperature)
 
 
 def attention(queue: Tensor, temperature: float) -> Loss:
