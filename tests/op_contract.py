@@ -44,6 +44,8 @@ class OpContract:
     grow: Callable[[dict[str, Any]], dict[str, Any]]  # the same call on a problem many times larger
     resize: Callable[[dict[str, Any]], dict[str, Any]]  # the same call with another batch size
     mutates: tuple[str, ...] = ()
+    modules: Callable[[], list[torch.nn.Module]] = list  # the op's layers or losses, in every kind of state they have
+    call_module: Callable[[torch.nn.Module, dict[str, Any]], Tensor] | None = None  # a module on `small` inputs
 
 
 def differentiable(inputs: Mapping[str, Any]) -> list[str]:

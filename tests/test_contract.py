@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -303,6 +305,23 @@ def test_backward_twice_with_retained_graph(op, device):
     second = torch.autograd.grad(outputs, wanted, [2 * u for u in ups])
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(b, 2 * a)
+
+
+def test_modules_survive_copies_and_checkpoints(op, device):
+    inputs = op.small(device)
+    for module in op.modules():
+        module.to(device)
+        expected = op.call_module(module, inputs)
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        loaded = copy.deepcopy(module)
+        with torch.no_grad():
+            for value in loaded.state_dict().values():
+                value.fill_(0.9)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+            assert torch.equal(op.call_module(other, inputs), expected), module
 
 
 def test_no_host_sync(op, device):

@@ -11,6 +11,7 @@ from op_contract import BadInput, OpContract, Sample
 from torch import Tensor
 
 import perfvl.functional as pf
+from perfvl.nn import CrossModalInfoNCELoss, InfoNCELoss
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -209,6 +210,13 @@ def bad_inputs(function: str) -> list[BadInput]:
     ]
 
 
+def call_loss(loss: InfoNCELoss, inputs: dict[str, Any]) -> Tensor:
+    query, positive, queue = (inputs[k] for k in ("query", "positive", "queue"))
+    if isinstance(loss, CrossModalInfoNCELoss):
+        return loss(query, positive, query, positive, queue, queue)
+    return loss(query, positive, queue)
+
+
 def contract(function: Any, stats: bool) -> OpContract:
     return OpContract(
         name=function.__name__,
@@ -231,6 +239,11 @@ def contract(function: Any, stats: bool) -> OpContract:
         # query and positive themselves, the gradient, weight, positive logit, temperature
         saved_bytes=lambda inputs: 4 * (3 * inputs["query"].numel() + 2 * len(inputs["query"]) + 1),
         grow=lambda inputs: inputs | {"queue": unit(5000, 16, device=inputs["query"].device.type)},
+        modules=lambda: [
+            *(InfoNCELoss(0.3, learnable=kind, label_smoothing=0.1) for kind in (False, True, "log_scale")),
+            CrossModalInfoNCELoss(0.3, directions="mean"),
+        ],
+        call_module=call_loss,
         resize=lambda inputs: (
             inputs | {k: unit(11, 16, device=inputs[k].device.type).requires_grad_() for k in ("query", "positive")}
         ),
