@@ -53,6 +53,23 @@ inline float half_to_float(uint16_t h) {
   std::memcpy(&magnitude, &b, 4);
   return magnitude;
 }
+// Rounds to nearest even, NaN kept.
+inline uint16_t float_to_half(float x) {
+  uint32_t b;
+  std::memcpy(&b, &x, 4);
+  uint32_t sign = b >> 16 & 0x8000u;
+  b &= 0x7fffffffu;
+  if (b > 0x7f800000u) return uint16_t(sign | 0x7e00u | (b >> 13 & 0x3ffu));
+  if (b >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65,520 and above
+  if (b < 0x38800000u) {                                  // below 2^-14: a multiple of 2^-24
+    float shifted;
+    std::memcpy(&shifted, &b, 4);
+    shifted += 0.5f;  // whose last bit is worth 2^-24: the sum rounds as a half would
+    std::memcpy(&b, &shifted, 4);
+    return uint16_t(sign | (b - 0x3f000000u));
+  }
+  return uint16_t(sign | (b - 0x38000000u + 0xfffu + (b >> 13 & 1u)) >> 13);
+}
 inline float bfloat_to_float(uint16_t h) {
   uint32_t b = uint32_t(h) << 16;
   float x;

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "momentum_pairs.h"
+#include "ring_write.h"
 #include "tensor.h"
 
 namespace perfvl {
@@ -57,6 +59,8 @@ void gemm(void*, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c
                                     : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
+Host host() { return {nullptr, int64_t(torch::stable::get_num_threads()), run_parallel, gemm}; }
+
 float read_float(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Double: return float(*static_cast<const double*>(t.const_data_ptr()));
@@ -94,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
   args.lse = floats(lse), args.positive_logit = floats(positive_logit);
   if (with_rank) args.rank = static_cast<int32_t*>(rank.mutable_data_ptr());
   if (with_grad) args.grad_query = floats(grad_query), args.positive_weight = floats(positive_weight);
-  args.host = {nullptr, int64_t(torch::stable::get_num_threads()), run_parallel, gemm};
+  args.host = host();
 
   const InfoNceKernel& kernel = *current_level()->info_nce;
   int64_t kernel_bytes = rows ? kernel.scratch_bytes(args) : 0;
@@ -108,6 +112,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
     *floats(loss) = float(mean ? total / double(rows) : total);
   }
   return {loss, lse, positive_logit, rank, grad_query, positive_weight};
+}
+
+void momentum_update(const TensorList& targets, const TensorList& sources, double momentum,
+                     std::optional<Tensor> momentum_tensor, const TensorList& copies, bool convex) {
+  std::vector<MomentumPair> pairs = momentum_pairs(targets, sources, copies);
+  (*current_level()->momentum_update)(pairs.data(), int64_t(pairs.size()),
+                                      momentum_weights(momentum, momentum_tensor, convex), host());
+}
+
+void enqueue(const Tensor& queue, const Tensor& cursor, const Tensor& keys, std::optional<Tensor> valid,
+             std::optional<Tensor> mask, std::vector<Tensor> payload_queues, std::vector<Tensor> payloads,
+             bool normalize, bool drop_tail) {
+  std::vector<RingPayload> storage;
+  RingWrite write =
+      ring_write(queue, cursor, keys, valid, mask, payload_queues, payloads, normalize, drop_tail, storage);
+  (*current_level()->key_queue)(write, host());
 }
 
 std::string isa() { return current_level()->name; }
@@ -128,7 +148,11 @@ std::vector<std::string> isa_levels() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(perfvl, CPU, m) { m.impl("info_nce", TORCH_BOX(&info_nce)); }
+STABLE_TORCH_LIBRARY_IMPL(perfvl, CPU, m) {
+  m.impl("info_nce", TORCH_BOX(&info_nce));
+  m.impl("momentum_update_", TORCH_BOX(&momentum_update));
+  m.impl("enqueue_", TORCH_BOX(&enqueue));
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(perfvl, m) {
   m.def("_isa() -> str");

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <vector>
@@ -21,6 +23,41 @@ inline Dtype dtype_of(ScalarType type) {
     default: STD_TORCH_CHECK(false, "perfvl: float32, bfloat16 or float16 expected");
   }
 }
+
+// From the shim's number.
+inline Dtype dtype_of(int32_t type) {
+  if (type == aoti_torch_dtype_float32()) return Dtype::float32;
+  if (type == aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
+  STD_TORCH_CHECK(type == aoti_torch_dtype_float16(), "perfvl: float32, bfloat16 or float16 expected");
+  return Dtype::float16;
+}
+
+// An argument of type Tensor[] as plain handles: std::vector<Tensor> would allocate a reference count for each, which
+// for hundreds of small tensors takes as long as the work on them.
+class TensorList {
+ public:
+  explicit TensorList(StableListHandle list) {
+    size_t count;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
+    handles_.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      StableIValue value;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &value));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(value));
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+  TensorList(TensorList&&) noexcept = default;
+  TensorList& operator=(TensorList&&) = delete;
+  ~TensorList() {
+    for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+  }
+  size_t size() const { return handles_.size(); }
+  AtenTensorHandle operator[](size_t i) const { return handles_[i]; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
 
 inline Matrix matrix(const Tensor& t) {
   return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1), dtype_of(t.scalar_type())};
@@ -46,3 +83,11 @@ inline Tensor empty_dense(const std::vector<int64_t>& sizes, int32_t dtype,
 }
 
 }  // namespace perfvl
+
+// How TORCH_BOX makes one of an operator's argument.
+template <>
+struct torch::stable::detail::ToImpl<perfvl::TensorList> {
+  static perfvl::TensorList call(StableIValue value, uint64_t, bool) {
+    return perfvl::TensorList(torch::stable::detail::to<StableListHandle>(value));
+  }
+};

@@ -12,6 +12,12 @@ from typing import Literal
 import torch
 
 Backend = Literal["native", "triton", "reference"]
+# The kind of CUDA kernels of every op.
+OPS: dict[str, Literal["triton", "native"]] = {
+    "info_nce": "triton",
+    "momentum_update_": "native",
+    "enqueue_": "native",
+}
 _PACKAGE = Path(__file__).parent
 _forced = "auto"
 
@@ -119,8 +125,10 @@ def info() -> str:
         lines.append(f"cuda  {name}: {'reference instead, ' + missing if missing else torch.cuda.get_device_name()}")
     if build.get("cuda"):
         lines.append(f"      C++ kernels built for sm_{', sm_'.join(build['cuda']['archs'])}")
-    lines += ["", "op         cpu        cuda"]
+    lines += ["", f"{'op':<17} {'cpu':<10} cuda"]
     cpu = "reference" if CPU_MISSING else "native"
-    lines.append(f"{'info_nce':<10} {cpu:<10} {'reference' if triton_missing() else 'triton'}")
+    lacking = {"triton": triton_missing(), "native": cuda_missing()}
+    for op, kind in OPS.items():
+        lines.append(f"{op:<17} {cpu:<10} {'reference' if lacking[kind] else kind}")
     lines.append("float64 inputs always run the reference.")
     return "\n".join(lines)

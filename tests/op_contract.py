@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -33,19 +34,48 @@ class BadInput:
 @dataclasses.dataclass(frozen=True)
 class OpContract:
     name: str
-    function: Callable[..., Any]
+    call: Callable[..., Any]  # the public function
     samples: Callable[[str], list[Sample]]  # device -> samples over dtypes, shapes, layouts, options
     raw_op: Callable[..., Any]  # torch.ops.perfvl.<op>.default
     raw_samples: Callable[[str], list[tuple]]  # arguments for opcheck
     small: Callable[[str], dict[str, Any]]  # well-conditioned float32 inputs that vary little in size
-    double: Callable[[], dict[str, Any]]  # float64 inputs for gradcheck, tensors requiring grad among them
     bad_inputs: list[BadInput]
-    saved_bytes: Callable[[dict[str, Any]], int]  # upper bound for `small` inputs, whatever `grow` does
-    grow: Callable[[dict[str, Any]], dict[str, Any]]  # the same call on a problem many times larger
     resize: Callable[[dict[str, Any]], dict[str, Any]]  # the same call with another batch size
-    mutates: tuple[str, ...] = ()
+    empty: Callable[[dict[str, Any]], dict[str, Any]]  # the same call with nothing to do
+    cuda: Literal["triton", "native"] = "triton"  # the kind of its CUDA kernels
+    mutates: tuple[str, ...] = ()  # arguments written in place
+    # Of differentiable ops:
+    double: Callable[[], dict[str, Any]] | None = (
+        None  # float64 inputs for gradcheck, tensors requiring grad among them
+    )
+    saved_bytes: Callable[[dict[str, Any]], int] = lambda inputs: 0  # upper bound for `small`, whatever `grow` does
+    grow: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs  # a problem many times larger
+    per_row: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options for outputs that are not reduced
     modules: Callable[[], list[torch.nn.Module]] = list  # the op's layers or losses, in every kind of state they have
     call_module: Callable[[torch.nn.Module, dict[str, Any]], Tensor] | None = None  # a module on `small` inputs
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The op from inputs to outputs: one that writes to arguments gets copies of them, and returns these."""
+        return self.pure(self.call)
+
+    def pure(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(**inputs: Any) -> Any:
+            if not self.mutates:
+                return call(**inputs)
+            inputs |= {name: tree_map_only(Tensor, twin, inputs[name]) for name in self.mutates if name in inputs}
+            call(**inputs)
+            return tree_leaves([inputs[name] for name in self.mutates if name in inputs])
+
+        return run
+
+
+def twin(t: Tensor) -> Tensor:
+    """A copy with the same strides and offset in memory of its own."""
+    if not t.numel():
+        return t.clone()
+    end = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+    return t.detach().as_strided((end,), (1,), 0).clone().as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def differentiable(inputs: Mapping[str, Any]) -> list[str]:
@@ -58,7 +88,7 @@ def leaf(t: Tensor) -> Tensor:
 
 
 def fresh(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: leaf(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return tree_map_only(Tensor, leaf, dict(inputs))
 
 
 def outputs_of(result: Any) -> list[Tensor]:
@@ -90,12 +120,12 @@ def upstream_like(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def as_double(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    def convert(v: Any) -> Any:
-        if isinstance(v, Tensor) and v.is_floating_point():
+    def convert(v: Tensor) -> Tensor:
+        if v.is_floating_point():
             return v.detach().to("cpu", torch.float64).requires_grad_(v.requires_grad)
-        return v.cpu() if isinstance(v, Tensor) else v
+        return v.cpu()
 
-    return {k: convert(v) for k, v in inputs.items()}
+    return tree_map_only(Tensor, convert, dict(inputs))
 
 
 def error(got: Tensor, truth: Tensor) -> tuple[float, float]:

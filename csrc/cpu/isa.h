@@ -9,6 +9,8 @@
 #endif
 
 #include "cpu/info_nce.h"
+#include "cpu/key_queue.h"
+#include "cpu/momentum_update.h"
 
 namespace perfvl {
 
@@ -16,6 +18,8 @@ struct Level {
   const char* name;
   bool (*supported)();
   const InfoNceKernel* info_nce;
+  const MomentumKernel* momentum_update;
+  const RingKernel* key_queue;
 };
 
 #if defined(__x86_64__)
@@ -40,11 +44,13 @@ inline bool has_amx() {
 #endif
 inline bool has_baseline() { return true; }
 
-#define PVL_DECLARE(level)             \
-  namespace level {                    \
-  extern const InfoNceKernel info_nce; \
+#define PVL_DECLARE(level)                     \
+  namespace level {                            \
+  extern const InfoNceKernel info_nce;         \
+  extern const MomentumKernel momentum_update; \
+  extern const RingKernel key_queue;           \
   }
-#define PVL_LEVEL(level) {#level, has_##level, &level::info_nce},
+#define PVL_LEVEL(level) {#level, has_##level, &level::info_nce, &level::momentum_update, &level::key_queue},
 
 #if defined(PVL_HAVE_amx)
 PVL_DECLARE(amx)
@@ -75,7 +81,7 @@ inline const Level* levels_begin() {
 #if defined(PVL_HAVE_avx2)
                   PVL_LEVEL(avx2)
 #endif
-                      PVL_LEVEL(baseline){nullptr, nullptr, nullptr},
+                      PVL_LEVEL(baseline){},
   };
   return levels;
 }

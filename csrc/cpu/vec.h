@@ -126,5 +126,17 @@ inline HalfVec narrow_bfloat(Vec v) {
   return __builtin_convertvector(v == v ? rounded : quiet, HalfVec);
 }
 
+inline HalfVec narrow_half(Vec v) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (HalfVec)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  HalfVec h;
+  for (int i = 0; i < kLanes; ++i) h[i] = float_to_half(v[i]);
+  return h;
+#endif
+}
+
 }  // namespace PVL_ISA
 }  // namespace perfvl

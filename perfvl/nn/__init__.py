@@ -1,5 +1,7 @@
 """Layers and losses: ``nn.Module``s that take the place of what they replace, state_dict included."""
 
 from perfvl.nn.info_nce import CrossModalInfoNCELoss, InfoNCELoss
+from perfvl.nn.key_queue import KeyQueue
+from perfvl.nn.momentum_update import MomentumEncoder
 
-__all__ = ["CrossModalInfoNCELoss", "InfoNCELoss"]
+__all__ = ["CrossModalInfoNCELoss", "InfoNCELoss", "KeyQueue", "MomentumEncoder"]

@@ -14,8 +14,10 @@ from perfvl.ops.info_nce import InfoNCEOutput, info_nce, info_nce_stats
 class Queue(Protocol):
     """What :class:`perfvl.nn.KeyQueue` offers a loss."""
 
-    keys: Tensor
-    valid: int | Tensor | None
+    @property
+    def keys(self) -> Tensor: ...
+    @property
+    def valid(self) -> int | Tensor | None: ...
 
 
 class InfoNCELoss(nn.Module):

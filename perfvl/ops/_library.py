@@ -52,6 +52,12 @@ def check_temperature(op: str, value: object, query: Tensor) -> None:
         bad_value(op, "temperature", value, "a finite number other than 0")
 
 
+def same_device(*tensors: Tensor | None) -> None:
+    """For fakes of ops that write: one tensor on the meta device brings a call to the fake, which would do nothing."""
+    if len({t.device for t in tensors if t is not None}) > 1:
+        raise RuntimeError("tensors on different devices")
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, count, *tensors):

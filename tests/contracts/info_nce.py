@@ -220,7 +220,7 @@ def call_loss(loss: InfoNCELoss, inputs: dict[str, Any]) -> Tensor:
 def contract(function: Any, stats: bool) -> OpContract:
     return OpContract(
         name=function.__name__,
-        function=function,
+        call=function,
         samples=functools.partial(samples, stats=stats),
         raw_op=torch.ops.perfvl.info_nce.default,
         raw_samples=raw_samples,
@@ -244,6 +244,10 @@ def contract(function: Any, stats: bool) -> OpContract:
             CrossModalInfoNCELoss(0.3, directions="mean"),
         ],
         call_module=call_loss,
+        per_row={"reduction": "none"},
+        empty=lambda inputs: (
+            inputs | {k: inputs[k][:0].detach().requires_grad_() for k in ("query", "positive")} | {"reduction": "sum"}
+        ),
         resize=lambda inputs: (
             inputs | {k: unit(11, 16, device=inputs[k].device.type).requires_grad_() for k in ("query", "positive")}
         ),
