@@ -16,7 +16,7 @@ struct RingPayload {
 // more than K rows are kept, only the last K are written. Then cursor <- (cursor + kept) mod K and
 // valid <- min(K, valid + kept). With `drop_tail` (the memory bank of lightly) rows that would wrap are dropped:
 // the first min(kept, K - cursor) are written, and cursor <- 0 where cursor + kept >= K.
-// A cursor outside [0, K) is taken modulo K: no write ever leaves the ring.
+// A cursor outside [0, K) is taken modulo K (on CUDA one between -2^47 and 2^47): no write ever leaves the ring.
 struct RingWrite {
   void* ring;                                           // K x d, not const: shares Matrix's meaning of strides
   int64_t size, dim, ring_row_stride, ring_col_stride;  // in elements
@@ -28,7 +28,7 @@ struct RingWrite {
   int64_t mask_stride;
   const RingPayload* payloads;
   int64_t payload_count;
-  bool normalize;  // rows are divided by max(their L2 norm, 1e-12) in float32, then rounded once
+  bool normalize;  // rows are scaled by 1 / max(their L2 norm, 1e-12) in float32, then rounded once
   bool drop_tail;
 };
 

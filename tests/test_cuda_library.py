@@ -18,7 +18,11 @@ from native import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import perfvl
+from perfvl.ops.key_queue import enqueue_
+from perfvl.ops.momentum_update import momentum_update_
 from perfvl.ops.scale_rows import scale_rows
+from perfvl.reference.key_queue import enqueue_ as reference_enqueue
+from perfvl.reference.momentum_update import momentum_update as reference_momentum
 
 PACKAGE = Path(perfvl.__file__).parent
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
@@ -28,7 +32,7 @@ ONLY_IN_LIBTORCH_CUDA = {
     "torch_c10_cuda_check_msg",
     "torch_c10_cuda_free_error_msg",
 }
-CUDA_OPS = ["perfvl::scale_rows"]
+CUDA_OPS = ["perfvl::scale_rows", "perfvl::momentum_update_", "perfvl::enqueue_"]
 
 
 def library(name: str) -> Path:
@@ -142,15 +146,41 @@ def test_no_kernel_spills_or_uses_local_memory():
     assert not [kernel for kernel, stack, local in usage if (stack, local) != ("0", "0")]
 
 
+@functools.cache
+def functions() -> list[str]:
+    return re.split(r"\n\s*Function : ", cuobjdump("--dump-sass"))
+
+
+def sass(kernel: str) -> list[str]:
+    """The instructions of the kernel whose mangled name matches, one text for every arch."""
+    found = [f for f in functions() if re.match(rf"\S*{kernel}", f)]
+    assert len(found) == len(archs())
+    return found
+
+
 @pytest.mark.parametrize("dtypes", ["ff", "f13__nv_bfloat16", "13__nv_bfloat16S", "13__nv_bfloat16f", "6__halfS"])
 def test_scale_rows_moves_16_bytes_at_a_time_without_dividing(dtypes):
-    functions = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass"))
-    vector = [f for f in functions if re.match(rf"\S*scale_rows_kernelI{dtypes}\w*Li[48]E", f)]
-    assert len(vector) == len(archs())
-    for code in vector:
+    for code in sass(rf"scale_rows_kernelI{dtypes}\w*Li[48]E"):
         wide = {op for op in ("LDG", "STG") if re.search(rf"\b{op}\.E\.128\b", code)}
         assert wide >= {"STG" if dtypes.endswith("f") else "LDG"}
         assert not re.search(r"\b(CALL|MUFU|I2F)\b", code)  # what a division, or a loop's unrolling, would bring
+
+
+@pytest.mark.parametrize("capacity", [100, 880])
+def test_momentum_update_reads_two_vectors_of_each_operand_before_it_stores_one(capacity):
+    for code in sass(rf"momentum_update_kernelINS\d?_5TableILi{capacity}E"):
+        order = " ".join("".join(access) for access in re.findall(r"\b(LDG|STG)\.E\.(128|64)\b", code))
+        assert "LDG128 LDG128 LDG128 LDG128 STG" in order
+        assert len(re.findall(r"\bLDC(?:\.\w+)? R\d+, c\[0x0\]\[R\d+", code)) >= 5  # the table is never copied
+
+
+@pytest.mark.parametrize("dtypes", ["ff", "13__nv_bfloat16f", "f13__nv_bfloat16", "13__nv_bfloat16S", "6__halfS"])
+def test_enqueue_moves_four_vectors_at_a_time(dtypes):
+    narrow = {"13__nv_bfloat16f": "STG", "f13__nv_bfloat16": "LDG"}.get(dtypes)  # beside float32
+    for code in sass(rf"key_queue_kernelI{dtypes}\w*Li[48]E"):
+        for op in ("LDG", "STG"):
+            assert len(re.findall(rf"\b{op}\.E\.{64 if op == narrow else 128}\b", code)) >= 4
+        assert len(re.findall(r"\bATOMG?\.E\.ADD\.64\b", code)) == 1
 
 
 def test_kernels_of_the_emulator_are_cuda(tmp_path):
@@ -203,3 +233,85 @@ def test_scale_rows_is_captured_in_a_cuda_graph_on_any_stream():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, (rows * scale[:, None]).to(torch.bfloat16))
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [0.0, 0.3, 0.99, 1.0])
+@pytest.mark.parametrize("strict", [None, "moco"])
+def test_momentum_update_of_a_thousand_tensors_on_the_gpu(strict, m):
+    sizes = [(1 << 22) + 3, 0, *(7 * i % 5000 for i in range(1000))]
+    pairs = [
+        (torch.randn(n, device="cuda").to(DTYPES[i % 3]), torch.randn(n, device="cuda").to(DTYPES[i // 3 % 3]))
+        for i, n in enumerate(sizes)
+    ]
+    targets, sources = [t for t, _ in pairs], [s for _, s in pairs]
+    copies = [torch.full((n,), torch.nan, device="cuda", dtype=DTYPES[i // 9 % 3]) for i, n in enumerate(sizes)]
+    expected = [reference_momentum(t, s, m, convex=strict == "moco") for t, s in pairs]
+    momentum_update_(targets, sources, torch.tensor(m, device="cuda") if m == 0.3 else m, copies=copies, strict=strict)
+    for target, right, copy in zip(targets, expected, copies, strict=True):
+        if strict == "moco" and m != 0.3:
+            assert torch.equal(target, right)
+        else:
+            torch.testing.assert_close(target, right)
+        assert torch.equal(copy, target.to(copy.dtype))
+
+
+@on_gpu
+def test_momentum_update_is_captured_in_a_cuda_graph():
+    targets, sources = ([torch.randn(n, device="cuda") for n in range(1, 1000)] for _ in range(2))
+    momentum = torch.tensor(0.5, device="cuda")
+    before = [t.clone() for t in targets]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        momentum_update_(targets, sources, momentum)
+    momentum.fill_(0.75)
+    graph.replay()
+    torch.cuda.synchronize()
+    for target, old, source in zip(targets, before, sources, strict=True):
+        torch.testing.assert_close(target, 0.75 * old + 0.25 * source)
+
+
+@on_gpu
+@pytest.mark.parametrize("drop_tail", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("size", "dim"), [(16384, 2560), (5000, 128), (97, 7), (1, 1)])
+def test_enqueue_on_the_gpu_is_what_the_definition_says(size, dim, masked, drop_tail):
+    queue, ids = torch.randn(size, dim), torch.zeros(size, dtype=torch.int64)
+    cursor, valid = torch.tensor(size - 1), torch.tensor(0)
+    rings = [queue, cursor, valid, ids]
+    on_device = [t.cuda() for t in rings]
+    for batch in (1, 2048, 33, 6000, 2048):
+        keys, rows = torch.randn(batch, dim), torch.randint(1 << 40, (batch,))
+        mask = torch.rand(batch) < 0.6 if masked else None
+        options = {"normalize": False, "drop_tail": drop_tail}
+        reference_enqueue(queue, cursor, keys, valid=valid, mask=mask, payload_queues=[ids], payloads=[rows], **options)
+        device_queue, device_cursor, device_valid, device_ids = on_device
+        enqueue_(
+            device_queue,
+            device_cursor,
+            keys.cuda(),
+            valid=device_valid,
+            mask=None if mask is None else mask.cuda(),
+            payload_queues=[device_ids],
+            payloads=[rows.cuda()],
+            **options,
+        )
+        for mine, right in zip(on_device, rings, strict=True):
+            assert torch.equal(mine.cpu(), right)
+
+
+@on_gpu
+def test_enqueue_is_captured_in_a_cuda_graph_and_advances_at_every_replay():
+    queue, cursor = torch.zeros(10, 640, device="cuda", dtype=torch.bfloat16), torch.tensor(8, device="cuda")
+    keys = torch.randn(3, 640, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        enqueue_(queue, cursor, keys, normalize=True)
+    seen = torch.zeros(10, 640, device="cuda")
+    for step in range(7):
+        keys.normal_()
+        graph.replay()
+        seen[(8 + 3 * step + torch.arange(3)) % 10] = torch.nn.functional.normalize(keys, dim=1)
+    torch.cuda.synchronize()
+    assert cursor.item() == (8 + 21) % 10
+    torch.testing.assert_close(queue.float(), seen, rtol=2**-8, atol=1e-6)

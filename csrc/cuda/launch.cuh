@@ -1,8 +1,9 @@
-// How every kernel is launched, and the 16-bit conversions all of them share. Knows no torch.
+// How every kernel is launched, and the vectors and 16-bit conversions they share. Knows no torch.
 // Without nvcc the same sources compile with g++ against tests/native/cuda_emulator.h, which runs kernels on the CPU.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -15,17 +16,19 @@
 namespace perfvl::cuda {
 
 // Returns the cudaError_t of this very launch: cudaGetLastError() after <<<>>> would also report somebody else's.
-template <class... Parameters, class... Arguments>
+// Arguments are converted to what the kernel takes, and copied by the driver alone: a table may be 32 kB long.
+template <class... Parameters>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-           const Arguments&... arguments) {
+           const std::type_identity_t<Parameters>&... arguments) {
 #if defined(__CUDACC__)
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
 #else
   (void)stream;
-  return cuda_emulator::launch(grid, block, shared_bytes, [&] { kernel(Parameters(arguments)...); });
+  return cuda_emulator::launch(grid, block, shared_bytes, [&] { kernel(arguments...); });
 #endif
 }
 
@@ -39,6 +42,14 @@ __device__ T* dynamic_shared() {
 #endif
   return reinterpret_cast<T*>(bytes);
 }
+
+// What one thread moves at once: up to 16 bytes by one instruction.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
+  T values[kCount];
+};
+
+inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }

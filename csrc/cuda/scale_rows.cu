@@ -14,11 +14,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kBlocks = 16384;  // several waves of the largest GPU; beyond, a block takes more than one piece
 
-template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Vector {
-  T values[kCount];
-};
-
 // Both sides coalesced and the wider one moved in 16 bytes: four elements where either is float32, else eight.
 template <class In, class Out>
 constexpr int kVector = 16 / (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
@@ -61,8 +56,6 @@ int run(const Matrix& m, const float* scale, int64_t scale_stride, void* out, vo
                 static_cast<const In*>(m.data), m.row_stride, m.col_stride, scale, scale_stride, static_cast<Out*>(out),
                 m.rows, pieces);
 }
-
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 template <class In, class Out>
 int run(const Matrix& m, const float* scale, int64_t scale_stride, void* out, void* stream) {

@@ -156,8 +156,6 @@ class KeyQueue(nn.Module):
 
     def _gather_into_rows(self, keys: Tensor, payload: dict[str, Tensor], rings: dict[str, Tensor]) -> bool:
         """Gathers straight into the ring where that is one block whose place the host knows: on the CPU."""
-        from torch import distributed
-
         if self.keys.device.type != "cpu" or not self.keys.is_contiguous():
             return False
         first, count = int(self.cursor), len(keys) * _world_size(self.group)
@@ -165,7 +163,7 @@ class KeyQueue(nn.Module):
             return False
         written = [self.keys, *rings.values()]
         for ring, rows in zip(written, (keys, *payload.values()), strict=True):
-            distributed.all_gather_into_tensor(ring[first : first + count], rows, group=self.group)
+            _all_gather(ring[first : first + count], rows, self.group)
         self.cursor.fill_((first + count) % self.size)
         self.valid.add_(count).clamp_(max=self.size)
         torch.autograd.graph.increment_version(written)  # the gather writes through views without a version
@@ -268,8 +266,14 @@ def _world_size(group: Any) -> int:
 
 def _gather(rows: Tensor, group: Any) -> Tensor:
     """The rows of every rank in rank order, in one buffer."""
+    gathered = rows.new_empty((_world_size(group) * len(rows), *rows.shape[1:]))
+    _all_gather(gathered, rows, group)
+    return gathered
+
+
+def _all_gather(into: Tensor, rows: Tensor, group: Any) -> None:
     from torch import distributed
 
-    gathered = rows.new_empty((_world_size(group) * len(rows), *rows.shape[1:]))
-    distributed.all_gather_into_tensor(gathered, rows, group=group)
-    return gathered
+    # Renamed in torch 2.13, which warns about the old name.
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(into, rows, group=group)

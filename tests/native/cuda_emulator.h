@@ -39,6 +39,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // A section of their own, so that all of them can be filled between blocks (GCC: -fsanitize-sections=cuda_shared).
 #define __shared__ static __attribute__((section("cuda_shared")))
 

@@ -1,6 +1,7 @@
-// CUDA's built-in types and conversions for g++: vectors, half, bfloat16, bit counts.
+// CUDA's built-in types and arithmetic for g++: vectors, half, bfloat16, roundings, bit counts.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -65,6 +66,10 @@ inline __half __float2half_rn(float x) {
   uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
   return {uint16_t(sign | ((rounded >> 13) - (112u << 10)))};
 }
+
+// Functions of their own, or the compiler might fuse them.
+[[gnu::noinline]] inline float __fmul_rn(float a, float b) { return a * b; }
+[[gnu::noinline]] inline float __fadd_rn(float a, float b) { return a + b; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
