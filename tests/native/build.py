@@ -31,7 +31,8 @@ _FLAGS = {
     "sanitized": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
 }
 _COMMON = (
-    "-std=c++20 -fPIC -g1 -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized"
+    "-std=c++20 -fPIC -g1 -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
+    "-Wall -Wextra -Wno-maybe-uninitialized"
 )
 _INCLUDE = f"-I{ROOT}/csrc -I{NATIVE} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
 

@@ -1,8 +1,8 @@
-// The InfoNCE CPU kernels of every ISA level on numpy arrays, with a host that is as plain as can be.
+// The CPU kernels of every ISA level on numpy arrays, with a host that is as plain as can be.
 #include <thread>
 
 #include "cpu/isa.h"
-#include "guarded.h"
+#include "in_place.h"
 
 namespace {
 
@@ -46,11 +46,21 @@ void gemm(void*, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c
   }
 }
 
+const Level& level_named(const std::string& name) {
+  const Level* found = find_level(name.c_str());
+  if (!found) throw std::invalid_argument("this machine has no level " + name);
+  return *found;
+}
+
+Host host(int64_t threads, bool reverse) {
+  schedule = {threads, reverse};
+  return {nullptr, threads, parallel_for, gemm};
+}
+
 py::dict info_nce(const std::string& level, const py::array& query, const py::array& positive, const py::array& queue,
                   double scale, bool bfloat16_products, double row_factor, bool with_rank, bool with_grad,
                   int64_t threads, bool reverse) {
-  const Level* found = find_level(level.c_str());
-  if (!found) throw std::invalid_argument("this machine has no level " + level);
+  const Level* found = &level_named(level);
   GuardedInput queries(query), positives(positive), keys(queue);
   int64_t rows = query.shape(0), dim = query.shape(1), graded = with_grad ? rows : 0;
   Guarded loss(4 * rows), lse(4 * rows), positive_logit(4 * rows), rank(with_rank ? 4 * rows : 0);
@@ -62,8 +72,7 @@ py::dict info_nce(const std::string& level, const py::array& query, const py::ar
   args.loss = loss.data<float>(), args.lse = lse.data<float>(), args.positive_logit = positive_logit.data<float>();
   if (with_rank) args.rank = rank.data<int32_t>();
   if (with_grad) args.grad_query = grad_query.data<float>(), args.positive_weight = positive_weight.data<float>();
-  args.host = {nullptr, threads, parallel_for, gemm};
-  schedule = {threads, reverse};
+  args.host = host(threads, reverse);
 
   Guarded scratch(found->info_nce->scratch_bytes(args));
   if (reinterpret_cast<uintptr_t>(scratch.data()) % 64)
@@ -82,6 +91,22 @@ py::dict info_nce(const std::string& level, const py::array& query, const py::ar
     out["positive_weight"] = positive_weight.array(floats, {rows}, "positive_weight");
   }
   return out;
+}
+
+void momentum_update(const std::string& level, int64_t threads, bool reverse, const Arrays& targets,
+                     const Arrays& sources, const Arrays& copies, double momentum,
+                     const std::optional<py::array>& tensor, bool convex, std::array<int64_t, 3> offsets) {
+  update_momentum(targets, sources, copies, momentum, tensor, convex, offsets, [&](auto& pairs, auto& weights) {
+    (*level_named(level).momentum_update)(pairs.data(), int64_t(pairs.size()), weights, host(threads, reverse));
+  });
+}
+
+void key_queue(const std::string& level, int64_t threads, bool reverse, const py::array& ring, const py::array& cursor,
+               const py::array& keys, const std::optional<py::array>& valid, const std::optional<py::array>& mask,
+               const Arrays& payload_rings, const Arrays& payloads, bool normalize, bool drop_tail, int64_t ring_offset,
+               int64_t key_offset) {
+  write_ring(ring, cursor, keys, valid, mask, payload_rings, payloads, normalize, drop_tail, ring_offset, key_offset,
+             [&](const RingWrite& write) { (*level_named(level).key_queue)(write, host(threads, reverse)); });
 }
 
 std::vector<std::string> levels() {
@@ -110,6 +135,14 @@ PYBIND11_MODULE(native_cpu, m) {
     return names;
   });
   m.def("one_past", one_past);
+  m.def("momentum_update", momentum_update, py::arg("level"), py::arg("threads"), py::arg("reverse"),
+        py::arg("targets"), py::arg("sources"), py::arg("copies") = Arrays(), py::kw_only(), py::arg("momentum") = 0.0,
+        py::arg("tensor") = py::none(), py::arg("convex") = false,
+        py::arg("offsets") = std::array<int64_t, 3>{-1, -1, -1});
+  m.def("key_queue", key_queue, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("ring"),
+        py::arg("cursor"), py::arg("keys"), py::kw_only(), py::arg("valid") = py::none(), py::arg("mask") = py::none(),
+        py::arg("payload_rings") = Arrays(), py::arg("payloads") = Arrays(), py::arg("normalize") = false,
+        py::arg("drop_tail") = false, py::arg("ring_offset") = -1, py::arg("key_offset") = -1);
   m.def("info_nce", info_nce, py::arg("level"), py::arg("query"), py::arg("positive"), py::arg("queue"), py::kw_only(),
         py::arg("scale"), py::arg("bfloat16_products") = false, py::arg("row_factor") = 1.0,
         py::arg("with_rank") = true, py::arg("with_grad") = true, py::arg("threads") = 1, py::arg("reverse") = false);
