@@ -33,7 +33,7 @@ $(VENV)/environment: pyproject.toml constraints.txt
 	$(PIP) torch numpy setuptools ninja
 # A CUDA build of torch has brought the triton it was made for; a CPU build brings none.
 	test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) triton==3.6.0
-	$(PIP) --no-build-isolation --editable ".[bench,peers,examples,test,lint]"
+	$(PIP) --no-build-isolation --editable ".[bench,peers,models,examples,test,lint]"
 	touch $@
 
 $(VENV)/installed: $(VENV)/environment setup.py $(wildcard tools/*.py) $(NATIVE)

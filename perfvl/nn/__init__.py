@@ -3,5 +3,6 @@
 from perfvl.nn.info_nce import CrossModalInfoNCELoss, InfoNCELoss
 from perfvl.nn.key_queue import KeyQueue
 from perfvl.nn.momentum_update import MomentumEncoder
+from perfvl.nn.roi_pooling import RoIGridPool
 
-__all__ = ["CrossModalInfoNCELoss", "InfoNCELoss", "KeyQueue", "MomentumEncoder"]
+__all__ = ["CrossModalInfoNCELoss", "InfoNCELoss", "KeyQueue", "MomentumEncoder", "RoIGridPool"]

@@ -1,0 +1,22 @@
+"""Whole models built from the layers and losses of :mod:`perfvl.nn`."""
+
+from perfvl.models.brivl import BriVL, BriVLOutput, Retrieval, retrieve, similarity
+from perfvl.models.brivl_checkpoint import load_released_state_dict, released_state_dict
+from perfvl.models.brivl_presets import TokenFeatures, brivl_paper, brivl_released, brivl_small
+from perfvl.models.brivl_towers import BriVLImageTower, BriVLTextTower
+
+__all__ = [
+    "BriVL",
+    "BriVLImageTower",
+    "BriVLOutput",
+    "BriVLTextTower",
+    "Retrieval",
+    "TokenFeatures",
+    "brivl_paper",
+    "brivl_released",
+    "brivl_small",
+    "load_released_state_dict",
+    "released_state_dict",
+    "retrieve",
+    "similarity",
+]
