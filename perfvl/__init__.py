@@ -1,7 +1,8 @@
 """perfvl: fused layers and losses for vision and vision-language training.
 
-Functions live in :mod:`perfvl.functional`, layers and losses in :mod:`perfvl.nn`, models in :mod:`perfvl.models`. Importing needs neither a GPU, nor
-Triton, nor a compiled library: ``python -m perfvl info`` says what runs where, and why.
+Functions live in :mod:`perfvl.functional`, layers and losses in :mod:`perfvl.nn`, models in :mod:`perfvl.models`.
+Importing needs neither a GPU, nor Triton, nor a compiled library: ``python -m perfvl info`` says what runs where, and
+why.
 """
 
 from importlib.metadata import PackageNotFoundError, version

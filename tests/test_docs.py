@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import perfvl.nn
-from perfvl.ops import info_nce
+from perfvl.ops import info_nce, key_queue, momentum_update
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,11 @@ def test_readme_code_runs():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("module", [info_nce, perfvl.nn.info_nce], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [info_nce, key_queue, momentum_update, perfvl.nn.info_nce, perfvl.nn.key_queue, perfvl.nn.momentum_update],
+    ids=lambda m: m.__name__,
+)
 def test_docstring_examples_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

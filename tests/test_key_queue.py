@@ -168,6 +168,28 @@ def test_a_loss_sees_the_valid_rows_and_may_be_enqueued_before_its_backward():
     torch.testing.assert_close(mine, gradient)
 
 
+def test_a_compiled_step_of_loss_and_enqueue_does_not_recompile():
+    torch._dynamo.reset()
+    queue, loss, encoder = KeyQueue(32, 8, normalize=True), InfoNCELoss(0.2), torch.nn.Linear(8, 8)
+
+    def step(x: Tensor) -> Tensor:
+        features = encoder(x)
+        result = loss(features, features.detach(), queue)
+        queue.enqueue(features, ids=torch.arange(len(x)))
+        return result
+
+    step(torch.randn(5, 8))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for i in range(4):
+        twin, x = copy.deepcopy(queue), torch.randn(5, 8)
+        expected = loss(encoder(x), encoder(x).detach(), twin)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            torch.testing.assert_close(compiled(x), expected)
+        twin.enqueue(encoder(x), ids=torch.arange(5))
+        for name, value in queue.state_dict().items():
+            torch.testing.assert_close(value, twin.state_dict()[name])
+
+
 def test_writing_a_queue_that_a_backward_still_reads_is_noticed(backend):
     queue = KeyQueue(8, 3, init="random")
     query = torch.randn(2, 3, requires_grad=True)

@@ -349,6 +349,32 @@ def test_channels_last_models_are_averaged_element_by_element():
     assert torch.equal(slow.module[0].weight, plain.module[0].weight)
 
 
+def test_updates_inside_a_compiled_step_do_not_recompile_it():
+    torch._dynamo.reset()
+    online = nn.Linear(4, 2)
+    slow, twin = MomentumEncoder(online, 0.75), MomentumEncoder(online, 0.75)
+
+    def step(x: Tensor) -> Tensor:
+        slow.update()
+        return slow(x) + online(x)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    slow.update()
+    twin.update()
+    for i in range(5):
+        train_linear(online)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            compiled(torch.randn(3, 4))
+        twin.update()
+    assert torch.equal(slow.module.weight, twin.module.weight)
+    assert slow.step == 6
+
+
+def train_linear(online: nn.Linear) -> None:
+    with torch.no_grad():
+        online.weight.add_(torch.randn_like(online.weight))
+
+
 def test_a_copy_of_the_whole_model_stays_paired_within_itself():
     class Whole(nn.Module):
         def __init__(self) -> None:

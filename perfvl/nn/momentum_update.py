@@ -106,7 +106,7 @@ class MomentumEncoder(nn.Module):
         self.strict = strict
         self.every_n_steps, self.update_after_step = every_n_steps, update_after_step
         self.module = _copied(module, dtype)
-        self.step = 0
+        self._step = torch.zeros((), dtype=torch.int64)  # not an int, on which torch.compile would specialise
         # In tuples: neither is a child, so neither is in the state_dict nor among the parameters.
         self._online = (module,)
         self._compute: tuple[nn.Module, ...] = () if compute_dtype is None else (_copied(self.module, compute_dtype),)
@@ -128,18 +128,23 @@ class MomentumEncoder(nn.Module):
         """Moves the average one step towards the module as it is now."""
         if self._plan is None or not self._plan.is_current():
             self._plan = _Plan(self._online[0], self.module, self._compute, self._buffers_rule)
-        if self.step % self.every_n_steps == 0:
-            if self.step < self.update_after_step:
+        if self.every_n_steps == 1 or self.step % self.every_n_steps == 0:
+            if self.update_after_step and self.step < self.update_after_step:
                 self._plan.run(0.0, None)
             else:
                 self._plan.run(self.momentum(self.step) if callable(self.momentum) else self.momentum, self.strict)
-        self.step += 1
+        self._step += 1
+
+    @property
+    def step(self) -> int:
+        """How often :meth:`update` was called."""
+        return int(self._step)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.step)
+        return self._step.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.step = int(state)
+        self._step.copy_(state)
 
     def train(self, mode: bool = True) -> MomentumEncoder:
         for module in self._compute:
