@@ -5,6 +5,8 @@
 
 namespace perfvl {
 
+constexpr int64_t kMaxPayloads = 8;
+
 // Rows of bytes that move with the keys (ids, labels): dense within a row.
 struct RingPayload {
   void* ring;

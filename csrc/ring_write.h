@@ -20,7 +20,24 @@ inline bool expanded(const Tensor& t) {
   return false;
 }
 
-// `storage` keeps what the result points to. Payloads have been checked in Python.
+// One thing for every row, each in one piece.
+inline bool holds(const Tensor& t, int64_t rows, const Tensor& queue) {
+  if (t.dim() == 0 || t.size(0) != rows || !beside(t, queue)) return false;
+  if (t.numel() == 0) return true;
+  int64_t step = 1;
+  for (int64_t i = t.dim() - 1; i > 0; step *= t.size(i--))
+    if (t.size(i) != 1 && t.stride(i) != step) return false;
+  return true;
+}
+
+inline bool alike(const Tensor& ring, const Tensor& rows) {
+  if (ring.scalar_type() != rows.scalar_type() || ring.dim() != rows.dim()) return false;
+  for (int64_t i = 1; i < ring.dim(); ++i)
+    if (ring.size(i) != rows.size(i)) return false;
+  return true;
+}
+
+// `storage` keeps what the result points to.
 inline RingWrite ring_write(const Tensor& queue, const Tensor& cursor, const Tensor& keys,
                             const std::optional<Tensor>& valid, const std::optional<Tensor>& mask,
                             const std::vector<Tensor>& payload_queues, const std::vector<Tensor>& payloads,
@@ -45,8 +62,13 @@ inline RingWrite ring_write(const Tensor& queue, const Tensor& cursor, const Ten
     write.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
     write.mask_stride = mask->stride(0);
   }
+  STD_TORCH_CHECK(payloads.size() == payload_queues.size() && int64_t(payloads.size()) <= kMaxPayloads,
+                  "enqueue_: payloads that do not fit together");
   for (size_t i = 0; i < payloads.size(); ++i) {
     const Tensor &ring = payload_queues[i], &rows = payloads[i];
+    STD_TORCH_CHECK(
+        holds(ring, queue.size(0), queue) && holds(rows, keys.size(0), queue) && alike(ring, rows) && !expanded(ring),
+        "enqueue_: payloads that do not fit together");
     int64_t width = rows.size(0) ? rows.numel() / rows.size(0) : 0, bytes = int64_t(rows.element_size());
     storage.push_back({ring.mutable_data_ptr(), rows.const_data_ptr(), ring.stride(0) * bytes, rows.stride(0) * bytes,
                        width * bytes});

@@ -28,7 +28,7 @@ int64_t kept_before(const RingWrite& w, int64_t row) {
   return count;
 }
 
-float norm(const RingWrite& w, int64_t row) {
+float inverse_norm(const RingWrite& w, int64_t row) {
   float total = 0.f;
   int64_t c = 0, at = row * w.keys.row_stride;
   if (w.keys.col_stride == 1) {
@@ -44,7 +44,7 @@ float norm(const RingWrite& w, int64_t row) {
     total += x * x;
   }
   float length = std::sqrt(total);
-  return length < 1e-12f ? 1e-12f : length;  // NaN stays
+  return 1.f / (length < 1e-12f ? 1e-12f : length);  // NaN stays
 }
 
 void put_element(const RingWrite& w, int64_t at, float x) {
@@ -97,10 +97,10 @@ void copy_rows(const RingWrite& w, int64_t row, int64_t to, int64_t count) {
   }
 }
 
-void write_dense_row(const RingWrite& w, int64_t row, int64_t to, float length) {
+void write_dense_row(const RingWrite& w, int64_t row, int64_t to, float scale) {
   int64_t from_at = row * w.keys.row_stride, to_at = to * w.ring_row_stride, c = 0;
-  for (; c + kLanes <= w.dim; c += kLanes) put_lanes(w, to_at + c, load_lanes(w.keys, from_at + c) / length);
-  for (; c < w.dim; ++c) put_element(w, to_at + c, element(w.keys, row, c) / length);
+  for (; c + kLanes <= w.dim; c += kLanes) put_lanes(w, to_at + c, load_lanes(w.keys, from_at + c) * scale);
+  for (; c < w.dim; ++c) put_element(w, to_at + c, element(w.keys, row, c) * scale);
 }
 
 // Source rows [begin, end).
@@ -112,14 +112,14 @@ void write_rows(const RingWrite& w, const Plan& plan, int64_t begin, int64_t end
   for (int64_t row = begin; row < end;) {
     // 1. The next rows that are written, and where to.
     int64_t rows[block], to[block], count = 0;
-    float length[block];
+    float scale[block];
     for (; row < end && count < block; ++row) {
       if (w.mask && !w.mask[row * w.mask_stride]) continue;
       int64_t index = kept++;
       if (index < plan.first || index >= plan.limit) continue;
       rows[count] = row;
       to[count] = (plan.start + index) % w.size;
-      length[count++] = w.normalize ? norm(w, row) : 1.f;
+      scale[count++] = w.normalize ? inverse_norm(w, row) : 1.f;
     }
     // 2. Keys.
     if (as_they_are)
@@ -128,11 +128,11 @@ void write_rows(const RingWrite& w, const Plan& plan, int64_t begin, int64_t end
         copy_rows(w, rows[i], to[i], run);
       }
     else if (dense)
-      for (int64_t i = 0; i < count; ++i) write_dense_row(w, rows[i], to[i], length[i]);
+      for (int64_t i = 0; i < count; ++i) write_dense_row(w, rows[i], to[i], scale[i]);
     else
       for (int64_t c = 0; c < w.dim; ++c)
         for (int64_t i = 0; i < count; ++i)
-          put_element(w, to[i] * w.ring_row_stride + c * w.ring_col_stride, element(w.keys, rows[i], c) / length[i]);
+          put_element(w, to[i] * w.ring_row_stride + c * w.ring_col_stride, element(w.keys, rows[i], c) * scale[i]);
     // 3. What moves with them.
     for (int64_t p = 0; p < w.payload_count; ++p) {
       const RingPayload& payload = w.payloads[p];

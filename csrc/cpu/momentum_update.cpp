@@ -138,7 +138,7 @@ void run(const MomentumPair* pairs, int64_t count, const MomentumWeights& weight
   Weights w = resolve(weights);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += pairs[i].count * cost(pairs[i]);
-  constexpr int64_t share = 256 << 10;  // less than this is done before another thread has woken
+  constexpr int64_t share = 1 << 20;  // bytes: done before another thread has surely woken
   int64_t workers = std::clamp<int64_t>(total / share, 1, host.threads);
   auto work = [&](int64_t worker) {
     int64_t begin = total / workers * worker, end = worker + 1 == workers ? total : total / workers * (worker + 1);

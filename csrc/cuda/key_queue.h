@@ -4,8 +4,6 @@
 
 namespace perfvl::cuda {
 
-constexpr int kMaxPayloads = 8;
-
 // Writes a batch into a ring (csrc/key_queue.h) in one launch; all pointers are of the device but that to the payloads'
 // descriptions, of which there are at most kMaxPayloads. Nothing may write the cursor meanwhile. Without rows nothing
 // is launched. A cursor is taken modulo K from -2^47 to 2^47; beyond, rows still land inside the ring, but where, and

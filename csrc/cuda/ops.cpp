@@ -51,7 +51,6 @@ void momentum_update(const TensorList& targets, const TensorList& sources, doubl
 void enqueue(const Tensor& queue, const Tensor& cursor, const Tensor& keys, std::optional<Tensor> valid,
              std::optional<Tensor> mask, std::vector<Tensor> payload_queues, std::vector<Tensor> payloads,
              bool normalize, bool drop_tail) {
-  STD_TORCH_CHECK(payloads.size() <= cuda::kMaxPayloads, "enqueue_: more than ", cuda::kMaxPayloads, " payloads");
   std::vector<RingPayload> storage;
   RingWrite write =
       ring_write(queue, cursor, keys, valid, mask, payload_queues, payloads, normalize, drop_tail, storage);

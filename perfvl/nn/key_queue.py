@@ -97,7 +97,6 @@ class KeyQueue(nn.Module):
             self.payloads.register_buffer(name, self.payloads.make(name, dtype_, shape))
         self._written = init == "random"  # whether rows without a new payload may exist
 
-    @torch.no_grad()
     def enqueue(self, keys: Tensor, *, mask: Tensor | None = None, **payload: Tensor) -> None:
         """Writes keys [B, d] (and a tensor [B, ...] for every payload), cast to the ring's dtype.
 
@@ -107,67 +106,88 @@ class KeyQueue(nn.Module):
         """
         if not self.training:
             return
-        if payload or self.payloads:
+        if self.strict is not None:
+            self._check_strict(keys, mask)
+        # Module attributes that are tensors cost as much to look up as a small batch to write.
+        buffers: dict[str, Any] = self._buffers
+        rings: dict[str, Any] = self._modules["payloads"]._buffers  # type: ignore[union-attr]
+        new: dict[str, Tensor] = {}
+        if payload.keys() != rings.keys():
             self._check_payload(keys, payload)
-        if self.strict in ("assert", "modulo") and mask is None:
-            rows = len(keys) * (1 if self.group is None else _world_size(self.group))
-            fits = rows <= self.size if self.strict == "modulo" else not rows or self.size % rows == 0
-            if not fits:
-                expected = "at most" if self.strict == "modulo" else "a divisor of"
-                raise ValueError(
-                    f"KeyQueue.enqueue: `keys` got {rows} rows, expected {expected} the size {self.size} (strict)"
+            for name in [name for name in payload if name not in rings]:
+                rows = payload[name]
+                new[name] = self.payloads.make(name, rows.dtype, tuple(rows.shape[1:]), self.keys.device)
+            rings = rings | new
+        payload_queues, payloads = [rings[name] for name in payload], list(payload.values())
+        try:
+            if self.group is not None:
+                self._gather(keys, mask, payload_queues, payloads)
+            else:
+                enqueue_(
+                    buffers["keys"],
+                    buffers["cursor"],
+                    keys,
+                    normalize=self.normalize,
+                    valid=buffers["valid"],
+                    mask=mask,
+                    payload_queues=payload_queues,
+                    payloads=payloads,
+                    drop_tail=self.strict == "drop_tail",
                 )
-        new = {
-            name: self.payloads.make(name, values.dtype, tuple(values.shape[1:]), self.keys.device)
-            for name, values in payload.items()
-            if name not in self.payloads
-        }
-        rings = {name: new[name] if name in new else self.payloads[name] for name in payload}
-        self._enqueue(keys, mask, payload, rings)
+        except (TypeError, ValueError):
+            self._check_payload(keys, payload)  # says it by name
+            raise
         for name, ring in new.items():
             self.payloads.register_buffer(name, ring)
         self._written = True
 
-    def _enqueue(self, keys: Tensor, mask: Tensor | None, payload: dict[str, Tensor], rings: dict[str, Tensor]) -> None:
-        normalize = self.normalize
-        if self.group is not None:
-            check(self.keys, self.cursor, keys, self.valid, mask, list(rings.values()), list(payload.values()))
-            if normalize:  # before the gather, which then moves no more than the queue's dtype
-                keys = F.normalize(keys if keys.dtype == torch.float64 else keys.float(), dim=1)
-                normalize = False
-            keys = keys.to(self.keys.dtype).contiguous()
-            payload = {name: rows.to(rings[name].dtype).contiguous() for name, rows in payload.items()}
-            if mask is None and self._gather_into_rows(keys, payload, rings):
-                return
-            keys = _gather(keys, self.group)
-            payload = {name: _gather(rows, self.group) for name, rows in payload.items()}
-            mask = None if mask is None else _gather(mask, self.group)
+    @torch.no_grad()
+    def _gather(self, keys: Tensor, mask: Tensor | None, rings: list[Tensor], payloads: list[Tensor]) -> None:
+        """Enqueues the rows of all ranks."""
+        check(self.keys, self.cursor, keys, self.valid, mask, rings, payloads)
+        if self.normalize:  # before the gather, which then moves no more than the queue's dtype
+            keys = F.normalize(keys if keys.dtype == torch.float64 else keys.float(), dim=1)
+        keys = keys.to(self.keys.dtype).contiguous()
+        payloads = [rows.to(ring.dtype).contiguous() for rows, ring in zip(payloads, rings, strict=True)]
+        if mask is None and self._gather_into_rows(keys, rings, payloads):
+            return
         enqueue_(
             self.keys,
             self.cursor,
-            keys,
-            normalize=normalize,
+            _gather(keys, self.group),
             valid=self.valid,
-            mask=mask,
-            payload_queues=list(rings.values()),
-            payloads=list(payload.values()),
+            mask=None if mask is None else _gather(mask, self.group),
+            payload_queues=rings,
+            payloads=[_gather(rows, self.group) for rows in payloads],
             drop_tail=self.strict == "drop_tail",
         )
 
-    def _gather_into_rows(self, keys: Tensor, payload: dict[str, Tensor], rings: dict[str, Tensor]) -> bool:
+    def _gather_into_rows(self, keys: Tensor, rings: list[Tensor], payloads: list[Tensor]) -> bool:
         """Gathers straight into the ring where that is one block whose place the host knows: on the CPU."""
         if self.keys.device.type != "cpu" or not self.keys.is_contiguous():
             return False
         first, count = int(self.cursor), len(keys) * _world_size(self.group)
         if first < 0 or first + count > self.size:
             return False
-        written = [self.keys, *rings.values()]
-        for ring, rows in zip(written, (keys, *payload.values()), strict=True):
+        written = [self.keys, *rings]
+        for ring, rows in zip(written, [keys, *payloads], strict=True):
             _all_gather(ring[first : first + count], rows, self.group)
         self.cursor.fill_((first + count) % self.size)
         self.valid.add_(count).clamp_(max=self.size)
         torch.autograd.graph.increment_version(written)  # the gather writes through views without a version
         return True
+
+    def _check_strict(self, keys: Tensor, mask: Tensor | None) -> None:
+        if self.strict == "drop_tail" or mask is not None:
+            return
+        rows = len(keys) * (1 if self.group is None else _world_size(self.group))
+        if self.strict == "modulo" and rows > self.size:
+            expected = "at most"
+        elif self.strict == "assert" and rows and self.size % rows:
+            expected = "a divisor of"
+        else:
+            return
+        raise ValueError(f"KeyQueue.enqueue: `keys` got {rows} rows, expected {expected} the size {self.size} (strict)")
 
     def _check_payload(self, keys: Tensor, payload: dict[str, Tensor]) -> None:
         missing = [name for name in self.payloads if name not in payload]

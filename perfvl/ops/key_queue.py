@@ -69,10 +69,9 @@ def enqueue_(
     """
     keys = keys.detach() if isinstance(keys, Tensor) and keys.requires_grad else keys
     fused = isinstance(queue, Tensor) and backends.choose(queue, cuda="native") != "reference"
-    plain = not payloads and not payload_queues and not torch.compiler.is_compiling()
-    if fused and plain and not queue.requires_grad:
+    if fused and not queue.requires_grad and not torch.compiler.is_compiling():
         try:
-            _write(queue, cursor, keys, valid, mask, [], [], normalize, drop_tail)
+            _write(queue, cursor, keys, valid, mask, list(payload_queues), list(payloads), normalize, drop_tail)
             return
         except RuntimeError:
             pass  # the kernel wrote nothing: some argument is a mistake, or of a dtype it does not know
