@@ -11,6 +11,9 @@ from .workload import Step, Unavailable, Workload
 
 MODULES = {
     "info_nce": ("info_nce", "info_nce_overhead"),
+    "momentum_update": ("momentum_update",),
+    "key_queue": ("key_queue",),
+    "brivl_step": ("brivl_step",),
     "moco_digits": ("moco_digits",),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -20,14 +21,23 @@ class Unavailable(Exception):
     """Raised by a contender's ``build`` where it cannot run here; the message is the reason shown to the reader."""
 
 
+def imported(module: str, requirement: str) -> Any:
+    """An optional module. Raises Unavailable where it is missing (``requirement`` says what to install) or broken."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a library built for another torch raises what it likes
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        raise Unavailable(f"needs {requirement}" if missing else f"importing {module} failed: {error}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """One way to compute a workload.
 
     ``build(inputs)`` does everything a training run does once (its own queue layout, scratch buffers, compilation) and
-    returns the step to time. ``precision`` is that of the matrix products' operands: it picks the tolerance and the
-    roofline. A ``bound`` does part of the work on purpose: its time is a limit to compare with, and its answer is not
-    checked.
+    returns the step to time. The inputs are everybody's: what a step writes to is a copy of its own. ``precision`` is
+    that of the matrix products' operands: it picks the tolerance and the roofline. A ``bound`` does part of the work on
+    purpose: its time is a limit to compare with, and its answer is not checked.
     """
 
     build: Callable[[Tensors], Step]
@@ -43,9 +53,10 @@ class Workload:
     ``make(params, generator)`` builds the inputs on the CPU (so every device gets the same numbers); the runner moves
     them to the device and lets ``leaves`` require grad. ``truth(inputs)`` returns, in float64, the output (under
     ``output``) and the gradient of every leaf. ``evaluate(call, inputs)`` collects the same from a contender, by
-    default from one call. ``bytes`` and ``flops`` are the least any implementation must move and compute; None where no
-    such bound is known. ``shrink`` are the parameters of a small copy of the problem with which libraries are warmed up
-    before memory is measured. ``repeats`` calls make one timing sample, for calls too short for the clock.
+    default from one call; where it is given, ``truth`` may hold anything it collects. ``bytes`` and ``flops`` are the
+    least any implementation must move and compute; None where no such bound is known. ``shrink`` are the parameters of
+    a small copy of the problem with which libraries are warmed up before memory is measured. ``repeats`` calls make one
+    timing sample, for calls too short for the clock.
     """
 
     op: str
@@ -98,6 +109,8 @@ class Workload:
 
     def expected(self, truth: Tensors) -> Tensors:
         """The part of the truth this workload asks of a contender: no gradients where there is no backward pass."""
+        if self.evaluate is not None:
+            return dict(truth)
         return {name: truth[name] for name in (self.output, *(self.leaves if self.backward else ()))}
 
     def results(self, call: Step, inputs: Tensors) -> Tensors:
