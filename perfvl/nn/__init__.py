@@ -2,7 +2,18 @@
 
 from perfvl.nn.info_nce import CrossModalInfoNCELoss, InfoNCELoss
 from perfvl.nn.key_queue import KeyQueue
+from perfvl.nn.key_queue_ddp import prepare_queues
+from perfvl.nn.key_queue_formats import dump_queues, load_queues
 from perfvl.nn.momentum_update import MomentumEncoder
 from perfvl.nn.roi_pooling import RoIGridPool
 
-__all__ = ["CrossModalInfoNCELoss", "InfoNCELoss", "KeyQueue", "MomentumEncoder", "RoIGridPool"]
+__all__ = [
+    "CrossModalInfoNCELoss",
+    "InfoNCELoss",
+    "KeyQueue",
+    "MomentumEncoder",
+    "RoIGridPool",
+    "dump_queues",
+    "load_queues",
+    "prepare_queues",
+]
