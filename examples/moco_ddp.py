@@ -23,8 +23,7 @@ from perfvl.benchmarks.workload import Unavailable
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from perfvl.nn import InfoNCELoss, KeyQueue, MomentumEncoder
-from perfvl.nn.key_queue_ddp import prepare_queues
+from perfvl.nn import InfoNCELoss, KeyQueue, MomentumEncoder, prepare_queues
 
 TEMPERATURE, MOMENTUM, WIDTH, LEARNING_RATE = 0.07, 0.99, 64, 5e-4
 
@@ -112,9 +111,7 @@ def run(options: argparse.Namespace, device: torch.device) -> bool:
         print(f"processes {world}, steps {options.steps} of {world * options.batch} images")
         print(f"loss {max(losses):.4f} at its highest (the queue starts with random rows) -> {losses[-1]:.4f}")
         print(f"queues of all ranks are {'equal' if agree else 'NOT equal'}")
-        print(
-            f"5-nearest-neighbour accuracy on images not trained on {100 * learnt:.1f} %, of raw pixels {100 * raw:.1f} %"
-        )
+        print(f"5-nearest-neighbour accuracy on held-out images {100 * learnt:.1f} %, of raw pixels {100 * raw:.1f} %")
     return agree
 
 

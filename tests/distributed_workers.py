@@ -20,8 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from perfvl.nn import InfoNCELoss, KeyQueue, MomentumEncoder
-from perfvl.nn.key_queue_ddp import prepare_queues
+from perfvl.nn import InfoNCELoss, KeyQueue, MomentumEncoder, prepare_queues
 
 WORLD = 2
 BATCH, INPUTS, DIM = 4, 6, 5
@@ -43,10 +42,7 @@ class Ranks:
         with tempfile.TemporaryDirectory() as folder:  # ranks meet in a file: no port to be taken by others
             for pipe in self._pipes:
                 pipe.send((function, arguments, str(Path(folder) / "store")))
-            try:
-                answers = [pipe.recv() if pipe.poll(seconds) else f"no answer in {seconds} s" for pipe in self._pipes]
-            except EOFError:
-                answers = ["a process died"]
+            answers = [_answer(rank, pipe, seconds) for rank, pipe in enumerate(self._pipes)]
         failures = [answer for answer in answers if isinstance(answer, str)]
         if failures:
             self.stop()
@@ -68,6 +64,13 @@ class Ranks:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+
+
+def _answer(rank: int, pipe: Connection, seconds: float) -> bytes | str:
+    try:
+        return pipe.recv() if pipe.poll(seconds) else f"rank {rank}: no answer in {seconds} s"
+    except (EOFError, OSError):
+        return f"rank {rank}: the process died"
 
 
 def _serve(rank: int, pipe: Connection) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from perfvl.nn import KeyQueue, key_queue_ddp, key_queue_formats
-from perfvl.nn.key_queue_formats import dump_queues, load_queues
+from perfvl.nn import KeyQueue, dump_queues, key_queue_ddp, key_queue_formats, load_queues
 
 SIZE, DIM, CURSOR = 12, 5, 7
 
