@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,10 +27,10 @@ class MomentumEncoder(nn.Module):
     query pass and before the key pass of the next one. Tensors are paired by name, once; tied tensors are updated once.
 
     Args:
-        module: the module that is trained. It is not registered here and not in this state_dict. Wrapped in DDP, FSDP2
-            or ``torch.compile`` before or after, it stays paired: ``module.``, ``_orig_mod.`` and
-            ``_fsdp_wrapped_module.`` in names do not count. Where its parameters are shards (FSDP2), shard the copy
-            (``.module``) alike: both are updated shard by shard, without communication.
+        module: the module that is trained. It is not registered here and not in this state_dict. Wrapped in DDP or
+            ``torch.compile`` before or after, it stays paired: ``module.``, ``_orig_mod.`` and
+            ``_fsdp_wrapped_module.`` in names do not count. For FSDP2 make this encoder before ``fully_shard``, and
+            shard the copy (``.module``) like the module: both are updated shard by shard, without communication.
         momentum: m in [0, 1], dimensionless: a float (0, or at least 0.5: a smaller one is taken for 1 - m and
             refused), a tensor with one element on the parameters' device, read there, or a schedule: a callable that
             takes the number of updates made so far and returns one or the other.
@@ -126,6 +127,8 @@ class MomentumEncoder(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average one step towards the module as it is now."""
+        if self._plan is not None:
+            self._plan.reshard()
         if self._plan is None or not self._plan.is_current():
             self._plan = _Plan(self._online[0], self.module, self._compute, self._buffers_rule)
         if self.every_n_steps == 1 or self.step % self.every_n_steps == 0:
@@ -170,6 +173,9 @@ class _Plan:
     """
 
     def __init__(self, online: nn.Module, slow: nn.Module, compute: tuple[nn.Module, ...], buffers: str) -> None:
+        modules = [m for module in (online, slow, *compute) for m in module.modules()]
+        self._sharded = _sharded(modules)
+        self.reshard()
         self._averaged: list[tuple[Tensor, ...]] = []  # (target, source), and the copy where there is one
         self._copied: list[tuple[Tensor, ...]] = []
         for kind in ("parameters",) if buffers == "skip" else ("parameters", "buffers"):
@@ -184,12 +190,19 @@ class _Plan:
                 _check_pair(name, target, source)
                 average = target.is_floating_point() and (kind == "parameters" or buffers == "average")
                 (self._averaged if average else self._copied).append((target, source, *(c[name] for c in copies)))
-        modules = [m for module in (online, slow, *compute) for m in module.modules()]
         holders: list[dict] = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self._holders, self._sizes = holders, [len(d) for d in holders]
         self._places = [(d, name) for d in holders for name in d]
         self._holder_of, self._name_of = [d for d, _ in self._places], [name for _, name in self._places]
         self._found = [d[name] for d, name in self._places]
+
+    def reshard(self) -> None:
+        """Puts shards in the place of whole parameters, which FSDP2 leaves in a root module after its forward.
+
+        Moving those would not move the shards, which is what is saved and gathered again.
+        """
+        for module in self._sharded:
+            module.reshard()
 
     def is_current(self) -> bool:
         """Whether every submodule, parameter and buffer is the object it was. Runs every step: no Python loop."""
@@ -211,6 +224,15 @@ class _Plan:
 def _local(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     """This rank's shards of tensors that are sharded (DTensor), other tensors as they are."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def _sharded(modules: list[nn.Module]) -> list[Any]:
+    """The modules that were given to ``fully_shard``."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in modules if isinstance(module, FSDPModule)]
 
 
 def _by_name(module: nn.Module, kind: str) -> dict[str, Tensor]:
