@@ -239,7 +239,10 @@ def test_a_bfloat16_model_gets_a_float32_average_and_a_bfloat16_copy_to_run():
     slow = MomentumEncoder(online, 0.999, dtype=torch.float32, compute_dtype=torch.bfloat16)
     start = slow.module[3].weight.clone()
     train(online)
-    for _ in range(10):
+    slow.update()
+    for name, buffer in slow.module.named_buffers():  # of this very update, not of the one before
+        assert torch.equal(slow.compute_module.get_buffer(name), buffer.to(slow.compute_module.get_buffer(name).dtype))
+    for _ in range(9):
         slow.update()
     weight, moved = slow.module[3].weight, online[3].weight.float()
     torch.testing.assert_close(weight, moved + 0.999**10 * (start - moved))

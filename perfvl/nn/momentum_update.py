@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import operator
 import sys
 from collections.abc import Callable
@@ -176,8 +175,8 @@ class _Plan:
         modules = [m for module in (online, slow, *compute) for m in module.modules()]
         self._sharded = _sharded(modules)
         self.reshard()
-        self._averaged: list[tuple[Tensor, ...]] = []  # (target, source), and the copy where there is one
-        self._copied: list[tuple[Tensor, ...]] = []
+        averaged: list[tuple[Tensor, ...]] = []  # (target, source), and the copy where there is one
+        copied: list[tuple[Tensor, ...]] = []
         for kind in ("parameters",) if buffers == "skip" else ("parameters", "buffers"):
             sources, targets, *copies = (_by_name(module, kind) for module in (online, slow, *compute))
             _match(kind, targets, sources)
@@ -189,7 +188,8 @@ class _Plan:
                 tied.add((id(target), id(source)))
                 _check_pair(name, target, source)
                 average = target.is_floating_point() and (kind == "parameters" or buffers == "average")
-                (self._averaged if average else self._copied).append((target, source, *(c[name] for c in copies)))
+                (averaged if average else copied).append((target, source, *(c[name] for c in copies)))
+        self._averaged, self._copied = list(zip(*averaged, strict=True)), list(zip(*copied, strict=True))
         holders: list[dict] = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self._holders, self._sizes = holders, [len(d) for d in holders]
         self._places = [(d, name) for d in holders for name in d]
@@ -211,14 +211,14 @@ class _Plan:
         )
 
     def run(self, momentum: float | Tensor, strict: str | None) -> None:
-        averaged, copied = (list(zip(*pairs, strict=True)) for pairs in (self._averaged, self._copied))
-        if averaged:
-            targets, sources, *copies = (_local(tensors) for tensors in averaged)
+        if self._averaged:
+            targets, sources, *copies = (_local(tensors) for tensors in self._averaged)
             momentum_update_(targets, sources, momentum, copies=copies[0] if copies else None, strict=strict)
-        if copied:
-            targets, *others = (_local(tensors) for tensors in copied)
-            for to, source in itertools.pairwise([*reversed(others[1:]), targets, others[0]]):
-                torch._foreach_copy_(to, source)
+        if self._copied:
+            targets, sources, *copies = (_local(tensors) for tensors in self._copied)
+            torch._foreach_copy_(targets, sources)
+            for tensors in copies:
+                torch._foreach_copy_(tensors, targets)
 
 
 def _local(tensors: tuple[Tensor, ...]) -> list[Tensor]:
