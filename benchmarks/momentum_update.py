@@ -236,6 +236,7 @@ def workload(
 
 
 _large: dict[str, Any] = {"shrink": {"elements": 50_000}}
+_layers: dict[str, Any] = {"memory": False}  # the size of a large transformer's: a cast one fits no cache
 _small: dict[str, Any] = {"repeats": 10, "memory": False}
 
 WORKLOADS = (
@@ -244,5 +245,6 @@ WORKLOADS = (
     workload("resnet50", "ResNet-50", memory=False, quick=True),
     workload("50x1m", 50, 1_000_000, source_dtype="bfloat16", **_large),
     workload("50x1m", 50, 1_000_000, source_dtype="bfloat16", copy_dtype="bfloat16", **_large),
+    workload("12x4m", 12, 4096 * 1024, source_dtype="bfloat16", **_layers),
     workload("500x256", 500, 256, source_dtype="bfloat16", **_small),
 )

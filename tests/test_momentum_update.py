@@ -322,6 +322,15 @@ def test_a_parameter_that_is_replaced_or_rebound_is_followed():
     assert torch.equal(slow.module[3].weight, torch.full((2, 4), 7.0))
 
 
+def test_a_parameter_that_gets_another_name_is_noticed():
+    online = model()
+    slow = MomentumEncoder(online, 0.0)
+    slow.update()
+    online[3].register_parameter("gain", online[3]._parameters.pop("weight"))
+    with pytest.raises(ValueError, match=r"`parameters` got no partner for 3.weight, expected the module"):
+        slow.update()
+
+
 def test_tied_parameters_of_a_module_move_once():
     class Tied(nn.Module):
         def __init__(self) -> None:

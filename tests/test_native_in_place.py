@@ -107,6 +107,12 @@ def test_shares_meet_at_any_number_of_threads(level):
         assert same(copies[i], narrow(widen(t), BFLOAT16))
 
 
+@pytest.mark.skipif(build.SANITIZED, reason="17 MB, element by element")
+def test_copies_of_a_list_larger_than_the_caches_are_written_past_them(kernels):
+    for copy, offset in ((BFLOAT16, 0), (FLOAT16, 32), (FLOAT32, 64), (BFLOAT16, 6)):  # the last to no vector
+        check_momentum_update(kernels, *operands("float32", "bfloat16", 1_400_009), copy, offsets=(0, 0, offset))
+
+
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("to", DTYPES)
 def test_keys_are_cast_and_wrap(kernels, to, source):

@@ -64,22 +64,12 @@ void put_lanes(const RingWrite& w, int64_t at, Vec v) {
 // memcpy past the caches. A ring larger than the caches has lost its oldest rows from them: writing those the usual way
 // would first read them from memory.
 void stream_bytes(char* to, const char* from, int64_t bytes) {
-#if defined(__AVX2__)
   constexpr int64_t step = sizeof(Vec);
   int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) & (step - 1), bytes), at = head;
   std::memcpy(to, from, head);
-  for (; at + step <= bytes; at += step) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(reinterpret_cast<float*>(to + at), load<Vec>(from + at));
-#else
-    _mm256_stream_ps(reinterpret_cast<float*>(to + at), load<Vec>(from + at));
-#endif
-  }
+  for (; at + step <= bytes; at += step) stream(to + at, load<Vec>(from + at));
   std::memcpy(to + at, from + at, bytes - at);
-  _mm_sfence();
-#else
-  std::memcpy(to, from, bytes);
-#endif
+  stream_fence();
 }
 
 // Rows row, row + 1, ... to ring rows to, to + 1, ... as they are, in one piece where there are no gaps between them.

@@ -3,7 +3,8 @@
 // Two operations per element: memory is the whole cost, 12 bytes per float32 element (both operands read, the target
 // written). The list is cut by bytes, not by tensors: each thread takes an equal share, which may begin and end inside
 // a tensor, so that one huge embedding beside a hundred small biases keeps every thread busy. Shares begin at multiples
-// of 64 bytes of the target, so that no two threads write one cache line.
+// of 64 elements, so that no two threads write one cache line. Copies of a list too large for the caches are written
+// past them: nothing has read those lines, and the usual store would first fetch them from memory.
 #include "cpu/momentum_update.h"
 
 #include <algorithm>
@@ -14,24 +15,27 @@ namespace perfvl {
 namespace PVL_ISA {
 namespace {
 
+constexpr int64_t large_list = 16 << 20;  // bytes: about the share of last-level cache that training leaves
+
 enum class Rule { keep, replace, near_target, near_source, convex };
 
 struct Weights {
   Rule rule;
   float momentum, weight;  // m and 1 - m
+  bool past_caches;        // where copies go
 };
 
-Weights resolve(const MomentumWeights& w) {
+Weights resolve(const MomentumWeights& w, bool past_caches) {
   double m = w.momentum;
   if (w.tensor) m = w.tensor_is_double ? *static_cast<const double*>(w.tensor) : *static_cast<const float*>(w.tensor);
   float momentum = float(m), weight = float(1.0 - m);
-  if (w.convex) return {Rule::convex, momentum, weight};
+  if (w.convex) return {Rule::convex, momentum, weight, past_caches};
   // The nearer end is the exact one: rounding never moves past it.
   Rule rule = weight == 0.f   ? Rule::keep
               : weight == 1.f ? Rule::replace
               : weight < 0.5f ? Rule::near_target
                               : Rule::near_source;
-  return {rule, momentum, weight};
+  return {rule, momentum, weight, past_caches};
 }
 
 template <Dtype type>
@@ -51,6 +55,16 @@ void narrow(void* p, int64_t at, Vec v) {
   if constexpr (type == Dtype::float32) store(to, v);
   if constexpr (type == Dtype::bfloat16) store(to, narrow_bfloat(v));
   if constexpr (type == Dtype::float16) store(to, narrow_half(v));
+}
+
+// As `narrow`, or past the caches: `p` is then aligned to whole vectors.
+template <Dtype type>
+void narrow_copy(void* p, int64_t at, Vec v, bool past_caches) {
+  if (!past_caches) return narrow<type>(p, at, v);
+  auto* to = static_cast<Element<type>*>(p) + at;
+  if constexpr (type == Dtype::float32) stream(to, v);
+  if constexpr (type == Dtype::bfloat16) stream(to, narrow_bfloat(v));
+  if constexpr (type == Dtype::float16) stream(to, narrow_half(v));
 }
 
 template <Dtype type>
@@ -73,14 +87,15 @@ Vec average(Vec t, Vec s, Vec momentum, Vec weight) {
 template <Rule rule, Dtype target, Dtype source>
 void sweep(const MomentumPair& pair, int64_t begin, int64_t end, const Weights& w) {
   Vec momentum = broadcast(w.momentum), weight = broadcast(w.weight);
+  bool past_caches = w.past_caches && reinterpret_cast<uintptr_t>(pair.copy) % sizeof(Vec) == 0;
   auto step = [&](void* t, const void* s, void* copy, int64_t at) {
     Vec moved = average<rule, target, source>(widen<target>(t, at), widen<source>(s, at), momentum, weight);
     if constexpr (rule != Rule::keep) narrow<target>(t, at, moved);
     if (!copy) return;
     moved = rounded<target>(moved);
-    if (pair.copy_dtype == Dtype::float32) narrow<Dtype::float32>(copy, at, moved);
-    if (pair.copy_dtype == Dtype::bfloat16) narrow<Dtype::bfloat16>(copy, at, moved);
-    if (pair.copy_dtype == Dtype::float16) narrow<Dtype::float16>(copy, at, moved);
+    if (pair.copy_dtype == Dtype::float32) narrow_copy<Dtype::float32>(copy, at, moved, past_caches);
+    if (pair.copy_dtype == Dtype::bfloat16) narrow_copy<Dtype::bfloat16>(copy, at, moved, past_caches);
+    if (pair.copy_dtype == Dtype::float16) narrow_copy<Dtype::float16>(copy, at, moved, past_caches);
   };
   int64_t at = begin;
   if (pair.copy)
@@ -92,7 +107,7 @@ void sweep(const MomentumPair& pair, int64_t begin, int64_t end, const Weights& 
   int64_t rest = end - at, copy_bytes = pair.copy_dtype == Dtype::float32 ? 4 : 2;
   Element<target> t[kLanes] = {};
   Element<source> s[kLanes] = {};
-  float copy[kLanes];
+  alignas(Vec) float copy[kLanes];
   auto* own = static_cast<Element<target>*>(pair.target) + at;
   std::copy_n(own, rest, t);
   std::copy_n(static_cast<const Element<source>*>(pair.source) + at, rest, s);
@@ -135,9 +150,9 @@ int64_t cost(const MomentumPair& p) {
 }
 
 void run(const MomentumPair* pairs, int64_t count, const MomentumWeights& weights, const Host& host) {
-  Weights w = resolve(weights);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += pairs[i].count * cost(pairs[i]);
+  Weights w = resolve(weights, total > large_list);
   constexpr int64_t share = 1 << 20;  // bytes: done before another thread has surely woken
   int64_t workers = std::clamp<int64_t>(total / share, 1, host.threads);
   auto work = [&](int64_t worker) {
@@ -154,6 +169,7 @@ void run(const MomentumPair* pairs, int64_t count, const MomentumWeights& weight
       if (from < to) pick(w.rule, p->target_dtype, p->source_dtype)(*p, from, to, w);
       first = last;
     }
+    if (w.past_caches) stream_fence();
   };
   if (workers > 1)
     host.parallel(workers, work);

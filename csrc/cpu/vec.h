@@ -34,6 +34,26 @@ template <class V, class T>
 inline void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
+// Stores past the caches, for memory that is too large to stay there and need not be fetched to be overwritten. `p` is
+// aligned to the vector; `stream_fence` ends a series of them.
+template <class V, class T>
+inline void stream(T* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof v == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#endif
+  store(p, v);
+}
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline IntVec bits(Vec v) { return (IntVec)v; }
 inline Vec from_bits(IntVec v) { return (Vec)v; }
@@ -85,19 +105,21 @@ inline float largest(Vec v) {
 #endif
 
 // 2^x for x <= 120, relative error 1.6e-7, exactly 1 at 0; 0 below 2^-126.5; NaN gives NaN.
-inline Vec exp2(Vec x) {
+template <class MultiplyAdd>
+inline Vec exp2(Vec x, MultiplyAdd multiply_add) {
   x = max(broadcast(-127.f), x);
   // Adding 1.5 * 2^23 + 127 rounds x to an integer n and leaves the biased exponent n + 127 in the low mantissa bits.
   const float magic = 12582912.f + 127.f;
   Vec shifted = x + magic;
   Vec r = x - (shifted - magic);
-  Vec p = fma(broadcast(1.326472715e-03f), r, broadcast(9.671512643e-03f));
-  p = fma(p, r, broadcast(5.550733743e-02f));
-  p = fma(p, r, broadcast(2.402224209e-01f));
-  p = fma(p, r, broadcast(6.931469776e-01f));
-  p = fma(p, r, broadcast(1.f));
+  Vec p = multiply_add(broadcast(1.326472715e-03f), r, broadcast(9.671512643e-03f));
+  p = multiply_add(p, r, broadcast(5.550733743e-02f));
+  p = multiply_add(p, r, broadcast(2.402224209e-01f));
+  p = multiply_add(p, r, broadcast(6.931469776e-01f));
+  p = multiply_add(p, r, broadcast(1.f));
   return p * from_bits(bits(shifted) << 23);
 }
+inline Vec exp2(Vec x) { return exp2(x, fma); }
 
 inline Vec widen_bfloat(HalfVec h) { return from_bits(__builtin_convertvector(h, IntVec) << 16); }
 inline Vec widen_half(HalfVec h) {

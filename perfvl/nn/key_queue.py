@@ -139,7 +139,8 @@ class KeyQueue(nn.Module):
             raise
         for name, ring in new.items():
             self.payloads.register_buffer(name, ring)
-        self._written = True
+        if not self._written:  # a module's attribute costs a microsecond to set
+            self._written = True
 
     @torch.no_grad()
     def _gather(self, keys: Tensor, mask: Tensor | None, rings: list[Tensor], payloads: list[Tensor]) -> None:

@@ -135,7 +135,7 @@ class MomentumEncoder(nn.Module):
                 self._plan.run(0.0, None)
             else:
                 self._plan.run(self.momentum(self.step) if callable(self.momentum) else self.momentum, self.strict)
-        self._step += 1
+        self._step.add_(1)
 
     @property
     def step(self) -> int:
@@ -190,6 +190,7 @@ class _Plan:
                 average = target.is_floating_point() and (kind == "parameters" or buffers == "average")
                 (averaged if average else copied).append((target, source, *(c[name] for c in copies)))
         self._averaged, self._copied = list(zip(*averaged, strict=True)), list(zip(*copied, strict=True))
+        self._has_shards = any(hasattr(t, "to_local") for tensors in averaged + copied for t in tensors)
         holders: list[dict] = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self._holders, self._sizes = holders, [len(d) for d in holders]
         self._places = [(d, name) for d in holders for name in d]
@@ -206,24 +207,27 @@ class _Plan:
 
     def is_current(self) -> bool:
         """Whether every submodule, parameter and buffer is the object it was. Runs every step: no Python loop."""
-        return self._sizes == list(map(len, self._holders)) and all(
-            map(operator.is_, map(dict.get, self._holder_of, self._name_of), self._found)
-        )
+        now = map(operator.getitem, self._holder_of, self._name_of)
+        try:
+            return self._sizes == list(map(len, self._holders)) and all(map(operator.is_, now, self._found))
+        except KeyError:
+            return False
 
     def run(self, momentum: float | Tensor, strict: str | None) -> None:
         if self._averaged:
-            targets, sources, *copies = (_local(tensors) for tensors in self._averaged)
+            targets, sources, *copies = self._local(self._averaged)
             momentum_update_(targets, sources, momentum, copies=copies[0] if copies else None, strict=strict)
         if self._copied:
-            targets, sources, *copies = (_local(tensors) for tensors in self._copied)
+            targets, sources, *copies = self._local(self._copied)
             torch._foreach_copy_(targets, sources)
             for tensors in copies:
                 torch._foreach_copy_(tensors, targets)
 
-
-def _local(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """This rank's shards of tensors that are sharded (DTensor), other tensors as they are."""
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    def _local(self, lists: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        """This rank's shards of tensors that are sharded (DTensor), other tensors as they are."""
+        if not self._has_shards:
+            return lists
+        return [tuple(t.to_local() if hasattr(t, "to_local") else t for t in tensors) for tensors in lists]
 
 
 def _sharded(modules: list[nn.Module]) -> list[Any]:

@@ -182,7 +182,9 @@ def _write(
     _OP(queue, cursor, keys, valid, mask, payload_queues, payloads, normalize, drop_tail)
     # The op writes through raw pointers, of which autograd's version counters know nothing.
     written = [queue, cursor, *payload_queues]
-    torch.autograd.graph.increment_version(written if valid is None else [*written, valid])
+    if valid is not None:
+        written.append(valid)
+    torch.autograd.graph.increment_version(written)
 
 
 LIBRARY.define(

@@ -196,7 +196,7 @@ def _update(
 ) -> None:
     _OP(targets, sources, number, tensor, copies, convex)
     # The op writes through raw pointers, of which autograd's version counters know nothing.
-    torch.autograd.graph.increment_version(targets + copies)
+    torch.autograd.graph.increment_version(targets + copies if copies else targets)
 
 
 LIBRARY.define(
