@@ -1,13 +1,14 @@
 """perfvl: fused layers and losses for vision and vision-language training.
 
-Functions live in :mod:`perfvl.functional`, layers and losses in :mod:`perfvl.nn`, models in :mod:`perfvl.models`.
+Functions live in :mod:`perfvl.functional`, layers and losses in :mod:`perfvl.nn`, models in :mod:`perfvl.models`; beside
+them :mod:`perfvl.schedules` and :mod:`perfvl.label_noise`.
 Importing needs neither a GPU, nor Triton, nor a compiled library: ``python -m perfvl info`` says what runs where, and
 why.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from perfvl import functional, models, nn
+from perfvl import functional, label_noise, models, nn, schedules
 from perfvl.backends import use_backend
 
 try:
@@ -15,4 +16,4 @@ try:
 except PackageNotFoundError:  # a source folder on sys.path
     __version__ = "0.0.0"
 
-__all__ = ["functional", "models", "nn", "use_backend"]
+__all__ = ["functional", "label_noise", "models", "nn", "schedules", "use_backend"]

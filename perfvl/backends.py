@@ -17,6 +17,7 @@ OPS: dict[str, Literal["triton", "native"]] = {
     "info_nce": "triton",
     "momentum_update_": "native",
     "enqueue_": "native",
+    "small_loss": "native",
 }
 _PACKAGE = Path(__file__).parent
 _forced = "auto"

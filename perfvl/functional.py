@@ -3,5 +3,25 @@
 from perfvl.ops.info_nce import InfoNCEOutput, info_nce, info_nce_stats
 from perfvl.ops.key_queue import enqueue_
 from perfvl.ops.momentum_update import momentum_update_
+from perfvl.ops.small_loss import (
+    TwinLoss,
+    co_teaching_loss,
+    co_teaching_plus_loss,
+    decoupling_loss,
+    jocor_loss,
+    small_loss_mask,
+)
 
-__all__ = ["InfoNCEOutput", "enqueue_", "info_nce", "info_nce_stats", "momentum_update_"]
+__all__ = [
+    "InfoNCEOutput",
+    "TwinLoss",
+    "co_teaching_loss",
+    "co_teaching_plus_loss",
+    "decoupling_loss",
+    "enqueue_",
+    "info_nce",
+    "info_nce_stats",
+    "jocor_loss",
+    "momentum_update_",
+    "small_loss_mask",
+]

@@ -105,7 +105,8 @@ def evaluate(
     wanted = differentiable(inputs)
     if wanted:
         graded = [o for o in outputs if o.requires_grad]
-        upstream = upstream or upstream_like(graded)
+        if upstream is None:  # by the place of the output, whichever others have a gradient
+            upstream = [u for u, o in zip(upstream_like(outputs), outputs, strict=True) if o.requires_grad]
         grads = torch.autograd.grad(
             graded, [inputs[k] for k in wanted], [u.to(o) for u, o in zip(upstream, graded, strict=True)]
         )

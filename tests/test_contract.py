@@ -107,6 +107,8 @@ def test_accuracy_check_rejects_wrong_answers(op, device):
         if not value.is_floating_point() or value.norm() == 0:
             continue
         for wrong in mutations(value).values():
+            if torch.equal(wrong, value):  # such as the last row dropped, where it is 0
+                continue
             with pytest.raises(AssertionError):
                 assert_accurate(what, wrong, value, rival[what], sample.slack)
 
@@ -249,7 +251,7 @@ def test_second_derivative_is_refused(op, differentiable_op, device):
         pytest.skip("the reference has second derivatives")
     inputs = fresh(op.small(device))
     wanted = [inputs[k] for k in differentiable(inputs)]
-    loss = outputs_of(op.function(**inputs))[0].sum()
+    loss = sum(o.sum() for o in outputs_of(op.function(**inputs)) if o.requires_grad)
     grads = torch.autograd.grad(loss, wanted, create_graph=True)
     with pytest.raises(RuntimeError, match="second-order gradients are not supported"):
         (loss + sum(g.square().sum() for g in grads)).backward()

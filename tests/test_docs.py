@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import perfvl.nn
-from perfvl.ops import info_nce, key_queue, momentum_update
+from perfvl.ops import info_nce, key_queue, momentum_update, small_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +27,16 @@ def test_readme_code_runs():
 
 @pytest.mark.parametrize(
     "module",
-    [info_nce, key_queue, momentum_update, perfvl.nn.info_nce, perfvl.nn.key_queue, perfvl.nn.momentum_update],
+    [
+        info_nce,
+        key_queue,
+        momentum_update,
+        small_loss,
+        perfvl.nn.info_nce,
+        perfvl.nn.key_queue,
+        perfvl.nn.momentum_update,
+        perfvl.nn.small_loss,
+    ],
     ids=lambda m: m.__name__,
 )
 def test_docstring_examples_run(module):

@@ -11,6 +11,7 @@
 #include "cpu/info_nce.h"
 #include "cpu/key_queue.h"
 #include "cpu/momentum_update.h"
+#include "cpu/small_loss.h"
 
 namespace perfvl {
 
@@ -20,6 +21,7 @@ struct Level {
   const InfoNceKernel* info_nce;
   const MomentumKernel* momentum_update;
   const RingKernel* key_queue;
+  const SmallLossKernel* small_loss;
 };
 
 #if defined(__x86_64__)
@@ -49,8 +51,10 @@ inline bool has_baseline() { return true; }
   extern const InfoNceKernel info_nce;         \
   extern const MomentumKernel momentum_update; \
   extern const RingKernel key_queue;           \
+  extern const SmallLossKernel small_loss;     \
   }
-#define PVL_LEVEL(level) {#level, has_##level, &level::info_nce, &level::momentum_update, &level::key_queue},
+#define PVL_LEVEL(level) \
+  {#level, has_##level, &level::info_nce, &level::momentum_update, &level::key_queue, &level::small_loss},
 
 #if defined(PVL_HAVE_amx)
 PVL_DECLARE(amx)

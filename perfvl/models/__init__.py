@@ -1,5 +1,6 @@
 """Whole models built from the layers and losses of :mod:`perfvl.nn`."""
 
+from perfvl.models import noisy_label
 from perfvl.models.brivl import BriVL, BriVLOutput, Retrieval, retrieve, similarity
 from perfvl.models.brivl_checkpoint import load_released_state_dict, released_state_dict
 from perfvl.models.brivl_presets import TokenFeatures, brivl_paper, brivl_released, brivl_small
@@ -16,6 +17,7 @@ __all__ = [
     "brivl_released",
     "brivl_small",
     "load_released_state_dict",
+    "noisy_label",
     "released_state_dict",
     "retrieve",
     "similarity",

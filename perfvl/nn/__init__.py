@@ -6,13 +6,20 @@ from perfvl.nn.key_queue_ddp import prepare_queues
 from perfvl.nn.key_queue_formats import dump_queues, load_queues
 from perfvl.nn.momentum_update import MomentumEncoder
 from perfvl.nn.roi_pooling import RoIGridPool
+from perfvl.nn.small_loss import CoTeachingLoss, CoTeachingPlusLoss, DecouplingLoss, JoCoRLoss
+from perfvl.nn.twin_step import TwinStep
 
 __all__ = [
+    "CoTeachingLoss",
+    "CoTeachingPlusLoss",
     "CrossModalInfoNCELoss",
+    "DecouplingLoss",
     "InfoNCELoss",
+    "JoCoRLoss",
     "KeyQueue",
     "MomentumEncoder",
     "RoIGridPool",
+    "TwinStep",
     "dump_queues",
     "load_queues",
     "prepare_queues",

@@ -3,5 +3,16 @@
 from contracts.info_nce import INFO_NCE, INFO_NCE_STATS
 from contracts.key_queue import ENQUEUE
 from contracts.momentum_update import MOMENTUM_UPDATE
+from contracts.small_loss import CO_TEACHING, CO_TEACHING_PLUS, DECOUPLING, JOCOR, SMALL_LOSS_MASK
 
-CONTRACTS = [INFO_NCE, INFO_NCE_STATS, MOMENTUM_UPDATE, ENQUEUE]
+CONTRACTS = [
+    INFO_NCE,
+    INFO_NCE_STATS,
+    MOMENTUM_UPDATE,
+    ENQUEUE,
+    SMALL_LOSS_MASK,
+    DECOUPLING,
+    CO_TEACHING,
+    CO_TEACHING_PLUS,
+    JOCOR,
+]
