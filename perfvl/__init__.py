@@ -1,7 +1,7 @@
 """perfvl: fused layers and losses for vision and vision-language training.
 
-Functions live in :mod:`perfvl.functional`, layers and losses in :mod:`perfvl.nn`, models in :mod:`perfvl.models`; beside
-them :mod:`perfvl.schedules` and :mod:`perfvl.label_noise`.
+Functions live in :mod:`perfvl.functional`, layers and losses in :mod:`perfvl.nn`, models in :mod:`perfvl.models`, and
+beside them :mod:`perfvl.schedules` and :mod:`perfvl.label_noise`.
 Importing needs neither a GPU, nor Triton, nor a compiled library: ``python -m perfvl info`` says what runs where, and
 why.
 """

@@ -228,6 +228,13 @@ def test_newsnet_is_its_layers_on_frozen_words():
     assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("embedding"))
 
 
+def test_newsnet_compiles_whole():
+    model = NewsNet(torch.randn(23, 300)).eval()
+    numbers = torch.randint(23, (2, 1000))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(numbers), model(numbers))
+
+
 def test_docstring_examples_run():
     result = doctest.testmod(perfvl.models.noisy_label_news)
     assert result.attempted > 0

@@ -2,16 +2,19 @@
 //
 // A batch of 128 rows and 10 classes is 10 kB: what costs there is being called at all, so everything is one call. A
 // batch of 1,024 rows and 1,000 classes is 4 MB per network, read once here and once in backward, which recomputes the
-// softmax from two numbers per row instead of keeping it. The k smallest of n losses are found without sorting, by
-// counting: the leading digits of 32-bit keys, then those that share the digit of the k-th, then bits of the few left.
+// softmax from two numbers per row instead of keeping it. Every stage runs over a tile of rows before the next begins:
+// within a row each waits for the one before.
 #include "cpu/small_loss.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 #include "cpu/convert.h"
+#include "cpu/small_loss_select.h"
 
 namespace perfvl {
 namespace PVL_ISA {
@@ -19,78 +22,15 @@ namespace {
 
 constexpr int64_t kSums = 32;         // partial sums over classes, on every level (see small_loss.h)
 constexpr int64_t kShare = 16 << 10;  // elements: fewer are done before another thread has woken
+constexpr int64_t kTile = 16;         // rows at most
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-uint32_t key_of(float loss) {
-  uint32_t b;
-  loss += 0.f;  // -0 becomes 0
-  std::memcpy(&b, &loss, 4);
-  if ((b & 0x7fffffffu) > 0x7f800000u) return kNanKey;
-  return b >> 31 ? ~b : b | 0x80000000u;
-}
 
 double number(const Scalars& s, int64_t group) {
   if (!s.tensor) return s.value;
   int64_t at = group * s.stride;
   return s.is_double ? static_cast<const double*>(s.tensor)[at] : static_cast<const float*>(s.tensor)[at];
-}
-
-// Rows below `key`, and the first `ties` rows of this key.
-struct Threshold {
-  uint32_t key;
-  int64_t ties;
-
-  bool keeps(uint32_t k) { return k < key || (k == key && ties-- > 0); }
-};
-
-int64_t count_below(const uint32_t* keys, int64_t n, uint32_t border) {
-  constexpr int64_t kBlock = 1 << 30;  // so that 32 bits hold a block's count
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    uint32_t below = 0;
-    for (const uint32_t *key = keys + i, *end = keys + std::min(i + kBlock, n); key < end; ++key)
-      below += *key < border;
-    count += below;
-  }
-  return count;
-}
-
-// Of the k smallest of n keys, k <= n. `work` holds n keys.
-Threshold smallest(const uint32_t* keys, int64_t n, int64_t k, uint32_t* work) {
-  constexpr int64_t kFew = 4096;
-  if (k == 0) return {0, 0};
-  uint32_t key = 0;
-  int shift = 24;
-  for (; n > kFew && shift >= 0; shift -= 8) {
-    // 1. How many keys have which digit. Four counters each, so that equal digits do not wait for one another.
-    uint32_t counts[4][256] = {};
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4)
-      for (int lane = 0; lane < 4; ++lane) ++counts[lane][keys[i + lane] >> shift & 255];
-    for (; i < n; ++i) ++counts[0][keys[i] >> shift & 255];
-    // 2. The digit of the k-th.
-    uint32_t digit = 0;
-    for (;; ++digit) {
-      int64_t count = int64_t(counts[0][digit]) + counts[1][digit] + counts[2][digit] + counts[3][digit];
-      if (k <= count) break;
-      k -= count;
-    }
-    key |= digit << shift;
-    // 3. The keys that share it.
-    int64_t left = 0;
-    for (i = 0; i < n; ++i) {
-      uint32_t candidate = keys[i];
-      work[left] = candidate;
-      left += (candidate >> shift & 255) == digit;
-    }
-    keys = work, n = left;
-  }
-  // 4. Few: bit by bit, the largest number that has fewer than k keys below it.
-  for (int bit = shift + 7; bit >= 0; --bit)
-    if (uint32_t larger = key | 1u << bit; count_below(keys, n, larger) < k) key = larger;
-  return {key, k - count_below(keys, n, key)};
 }
 
 int64_t workers_for(int64_t elements, const Host& host) {
@@ -112,19 +52,10 @@ int64_t mask_scratch_bytes(const SmallLossMask& m) {
 void mask(const SmallLossMask& m, void* scratch, const Host& host) {
   auto* memory = static_cast<uint32_t*>(scratch);
   run_tasks(host, m.groups, m.groups * m.rows > kShare, [&](int64_t g) {
-    // 1. Keys of the candidates.
     uint32_t* keys = memory + 2 * g * m.rows;
-    Matrix losses{m.losses, m.groups, m.rows, m.group_stride, m.row_stride, m.dtype};
-    const uint8_t* candidate = m.candidates ? m.candidates + g * m.candidate_group_stride : nullptr;
-    int64_t count = 0;
-    for (int64_t i = 0; i < m.rows; ++i) {
-      bool counts = !candidate || candidate[i * m.candidate_row_stride];
-      keys[i] = counts ? key_of(element(losses, g, i)) : kNoCandidate;
-      count += counts;
-    }
-    // 2. The border, 3. the mask.
-    Threshold border = smallest(keys, m.rows, keep_count(number(m.keep_rate, g), count), keys + m.rows);
-    for (int64_t i = 0; i < m.rows; ++i) m.mask[g * m.rows + i] = border.keeps(keys[i]);
+    int64_t candidates = write_keys(m, g, keys);
+    int64_t kept = keep_count(number(m.keep_rate, g), candidates);
+    write_mask(smallest(keys, m.rows, kept, keys + m.rows), keys, m.rows, m.mask + g * m.rows);
   });
 }
 
@@ -133,16 +64,33 @@ Vec exp_terms(Vec x) {
   return exp2(x * kLog2e, [](Vec a, Vec b, Vec c) { return a * b + c; });
 }
 
-// f(c) for vectors of classes beginning at c, added up in the order of small_loss.h.
-template <class F>
-float sum_classes(int64_t padded, F f) {
-  constexpr int64_t kVecs = kSums / kLanes;
-  Vec sums[kVecs] = {};
-  for (int64_t c = 0; c < padded; c += kSums)
-    for (int64_t v = 0; v < kVecs; ++v) sums[v] += f(c + v * kLanes);
+constexpr int64_t kVecs = kSums / kLanes;
+
+float fold(Vec* sums) {
   for (int64_t width = kVecs / 2; width > 0; width /= 2)
     for (int64_t v = 0; v < width; ++v) sums[v] += sums[v + width];
   return sum(sums[0]);
+}
+
+// f(c) for vectors of classes beginning at c, added up in the order of small_loss.h.
+template <class F>
+float sum_classes(int64_t padded, F f) {
+  Vec sums[kVecs] = {};
+  for (int64_t c = 0; c < padded; c += kSums)
+    for (int64_t v = 0; v < kVecs; ++v) sums[v] += f(c + v * kLanes);
+  return fold(sums);
+}
+
+// The same for an f that returns two vectors.
+template <class F>
+std::pair<float, float> sum_classes_twice(int64_t padded, F f) {
+  Vec first[kVecs] = {}, second[kVecs] = {};
+  for (int64_t c = 0; c < padded; c += kSums)
+    for (int64_t v = 0; v < kVecs; ++v) {
+      auto [a, b] = f(c + v * kLanes);
+      first[v] += a, second[v] += b;
+    }
+  return {fold(first), fold(second)};
 }
 
 float largest_of(const float* z, int64_t padded) {
@@ -166,12 +114,12 @@ void load_row(const TwinLoss& w, int network, int64_t group, int64_t row, int64_
 }
 
 // As torch.argmax: the first of the largest, NaN being larger than anything.
-int64_t argmax(const float* z, int64_t classes, float top, bool has_nan) {
-  if (has_nan)
+int64_t argmax(const float* z, int64_t classes, const RowStats& stats) {
+  if (std::isnan(stats.log_sum))
     for (int64_t c = 0; c < classes; ++c)
       if (std::isnan(z[c])) return c;
   int32_t first = int32_t(classes);
-  for (int32_t c = 0; c < int32_t(classes); ++c) first = std::min(first, z[c] == top ? c : int32_t(classes));
+  for (int32_t c = 0; c < int32_t(classes); ++c) first = std::min(first, z[c] == stats.max ? c : int32_t(classes));
   return first;
 }
 
@@ -193,65 +141,86 @@ struct Scratch {
   float* row_losses;      // [2, groups, rows]
   int64_t* candidates;    // [groups]
   int32_t* class_counts;  // [groups, classes] where Decoupling weighs classes
-  float* rows;            // [workers, 2, padded]
-  int64_t padded, workers, used;
+  float* rows;            // [workers, 2, tile, padded]
+  int64_t padded, tile, workers, used;
 
   Scratch(void* base, const TwinLoss& w, const Host& host) {
     Arena arena(base);
     int64_t all = w.groups * w.rows;
     bool weighs = w.released && w.method == TwinMethod::decoupling;
     padded = round_up(w.classes, kSums);
+    tile = std::clamp<int64_t>(2048 / padded, 1, kTile);
     workers = workers_for(2 * all * w.classes, host);
     keys = arena.take<uint32_t>(2 * all), work = arena.take<uint32_t>(2 * all);
     row_losses = arena.take<float>(2 * all);
     candidates = arena.take<int64_t>(w.groups);
     class_counts = arena.take<int32_t>(weighs ? w.groups * w.classes : 0);
-    rows = arena.take<float>(workers * 2 * padded);
+    rows = arena.take<float>(workers * 2 * tile * padded);
     used = arena.used();
   }
 };
 
-// Losses, keys and stats of one row; false where its label is not a class.
-bool measure_row(const TwinLoss& w, const Scratch& s, int64_t group, int64_t row, float* z) {
-  int64_t all = w.groups * w.rows, at = group * w.rows + row;
-  int64_t label = w.labels[group * w.label_group_stride + row * w.label_row_stride];
-  if (label < 0 || label >= w.classes) return false;
-  float loss[2];
-  int64_t choice[2] = {};
-  for (int network = 0; network < 2; ++network) {
-    float* row_z = z + network * s.padded;
-    RowStats& stats = w.stats[network * all + at];
-    load_row(w, network, group, row, s.padded, row_z);
-    float top = largest_of(row_z, s.padded);
-    float sum = sum_classes(s.padded, [&](int64_t c) { return exp_terms(load<Vec>(row_z + c) - top); });
-    stats = {top, log_of(sum), 0.f};
-    loss[network] = stats.log_sum - (row_z[label] - top);
-    if (w.looks_at_disagreement()) choice[network] = argmax(row_z, w.classes, top, std::isnan(sum));
-    if (!w.of_probabilities()) continue;
-    for (int64_t c = 0; c < s.padded; c += kLanes) store(row_z + c, exp_terms(log_softmax(row_z + c, stats)));
-    std::fill(row_z + w.classes, row_z + s.padded, -kInfinity);
-    stats.extra = log_of(sum_classes(s.padded, [&](int64_t c) { return exp_terms(load<Vec>(row_z + c)); }));
-    loss[network] = stats.extra - row_z[label];
+int64_t label_of(const TwinLoss& w, int64_t group, int64_t row) {
+  return w.labels[group * w.label_group_stride + row * w.label_row_stride];
+}
+
+// Losses, keys and stats of up to `s.tile` rows from row `at` of all groups; false where a label is not a class.
+bool measure_rows(const TwinLoss& w, const Scratch& s, int64_t at, int64_t count, float* z) {
+  int64_t all = w.groups * w.rows, labels[kTile];
+  float loss[2][kTile];
+  bool agrees[kTile] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    labels[r] = label_of(w, (at + r) / w.rows, (at + r) % w.rows);
+    if (labels[r] < 0 || labels[r] >= w.classes) return false;
+  }
+  auto row = [&](int network, int64_t r) { return z + (network * s.tile + r) * s.padded; };
+  auto each = [&](auto f) {
+    for (int network = 0; network < 2; ++network)
+      for (int64_t r = 0; r < count; ++r) f(w.stats[network * all + at + r], row(network, r), loss[network][r], r);
+  };
+  // 1. Logits and the largest of each row.
+  for (int network = 0; network < 2; ++network)
+    for (int64_t r = 0; r < count; ++r)
+      load_row(w, network, (at + r) / w.rows, (at + r) % w.rows, s.padded, row(network, r));
+  each([&](RowStats& stats, float* z, float&, int64_t) { stats.max = largest_of(z, s.padded); });
+  // 2. Cross-entropy.
+  each([&](RowStats& stats, float* z, float&, int64_t) {
+    stats.log_sum = sum_classes(s.padded, [&](int64_t c) { return exp_terms(load<Vec>(z + c) - stats.max); });
+  });
+  each([&](RowStats& stats, float* z, float& loss, int64_t r) {
+    stats.log_sum = log_of(stats.log_sum), stats.extra = 0.f;
+    loss = stats.log_sum - (z[labels[r]] - stats.max);
+  });
+  if (w.looks_at_disagreement())
+    for (int64_t r = 0; r < count; ++r)
+      agrees[r] = argmax(row(0, r), w.classes, w.stats[at + r]) == argmax(row(1, r), w.classes, w.stats[all + at + r]);
+  // 3. Cross-entropy of probabilities instead, or both networks' together.
+  if (w.of_probabilities()) {
+    each([&](RowStats& stats, float* z, float& loss, int64_t r) {
+      for (int64_t c = 0; c < s.padded; c += kLanes) store(z + c, exp_terms(log_softmax(z + c, stats)));
+      std::fill(z + w.classes, z + s.padded, -kInfinity);
+      stats.extra = log_of(sum_classes(s.padded, [&](int64_t c) { return exp_terms(load<Vec>(z + c)); }));
+      loss = stats.extra - z[labels[r]];
+    });
   }
   if (w.method == TwinMethod::jocor) {
-    RowStats &first = w.stats[at], &second = w.stats[all + at];
-    auto at_class = [&](int64_t c) { return Divergence(z + c, z + s.padded + c, first, second); };
-    first.extra = sum_classes(s.padded, [&](int64_t c) {
-      Divergence v = at_class(c);
-      return v.p * v.d;
-    });
-    second.extra = sum_classes(s.padded, [&](int64_t c) {
-      Divergence v = at_class(c);
-      return v.q * v.d;
-    });
-    loss[0] = (1.f - w.co_lambda) * (loss[0] + loss[1]) + w.co_lambda * (first.extra - second.extra);
-    loss[1] = loss[0];
+    for (int64_t r = 0; r < count; ++r) {
+      RowStats &first = w.stats[at + r], &second = w.stats[all + at + r];
+      std::tie(first.extra, second.extra) = sum_classes_twice(s.padded, [&](int64_t c) {
+        Divergence v(row(0, r) + c, row(1, r) + c, first, second);
+        return std::pair(v.p * v.d, v.q * v.d);
+      });
+      float agreement = first.extra - second.extra;
+      loss[0][r] = (1.f - w.co_lambda) * (loss[0][r] + loss[1][r]) + w.co_lambda * agreement;
+      loss[1][r] = loss[0][r];
+    }
   }
-  bool candidate = !w.looks_at_disagreement() || choice[0] != choice[1];
-  for (int network = 0; network < 2; ++network) {
-    s.row_losses[network * all + at] = loss[network];
-    s.keys[network * all + at] = candidate ? key_of(loss[network]) : kNoCandidate;
-  }
+  // 4. Where they rank.
+  for (int network = 0; network < 2; ++network)
+    for (int64_t r = 0; r < count; ++r) {
+      s.row_losses[network * all + at + r] = loss[network][r];
+      s.keys[network * all + at + r] = agrees[r] ? kNoCandidate : key_of(loss[network][r]);
+    }
   return true;
 }
 
@@ -271,54 +240,44 @@ void survey(const TwinLoss& w, const Scratch& s, int64_t group) {
   if (!w.released || w.method != TwinMethod::decoupling) return;
   int32_t* counts = s.class_counts + group * w.classes;
   std::fill_n(counts, w.classes, 0);
-  for (int64_t i = 0; i < w.rows; ++i) ++counts[w.labels[group * w.label_group_stride + i * w.label_row_stride]];
+  for (int64_t i = 0; i < w.rows; ++i) ++counts[label_of(w, group, i)];
 }
 
 // The rows that train a network, their coefficients, and its loss.
 void settle(const TwinLoss& w, const Scratch& s, int64_t group, int network) {
   int64_t all = w.groups * w.rows, first = group * w.rows, count = s.candidates[group];
-  const float* losses = s.row_losses + network * all + first;
   uint8_t* kept = w.kept[network] + first;
-  float* coefficients = w.coefficients + network * all + first;
-  double total = 0;
-  auto take = [&](int64_t i, bool keep, double coefficient) {
-    kept[i] = keep;
-    coefficients[i] = keep ? float(coefficient) : 0.f;
-    if (keep) total += double(coefficients[i]) * losses[i];
-  };
+  double divisor = 1;
+  bool undefined = false;  // a mean of nothing
   if (w.method == TwinMethod::decoupling) {
-    const uint32_t* keys = s.keys + first;
-    double denominator = std::max(w.released ? w.least_fraction * double(w.rows) : 1.0, double(count));
-    for (int64_t i = 0; i < w.rows; ++i) {
-      double weight = 1.0;
-      if (w.released) {
-        int64_t label = w.labels[group * w.label_group_stride + i * w.label_row_stride];
-        weight = double(w.rows) / (double(w.classes) * s.class_counts[group * w.classes + label]);
-      }
-      take(i, keys[i] != kNoCandidate, weight / denominator);
-    }
+    for (int64_t i = 0; i < w.rows; ++i) kept[i] = s.keys[first + i] != kNoCandidate;
+    divisor = std::max(w.released ? w.least_fraction * double(w.rows) : 1.0, double(count));
   } else if (w.of_probabilities() && count == 0) {
-    bool open = (w.step_tensor ? *w.step_tensor : w.step) < 5000;
-    for (int64_t i = 0; i < w.rows; ++i) take(i, open, 1.0 / double(w.rows));
+    std::fill_n(kept, w.rows, (w.step_tensor ? *w.step_tensor : w.step) < 5000);
+    divisor = double(w.rows);
   } else {
-    // A network learns from the choice of the other; in JoCoR both have one choice.
-    int64_t chosen_by = w.method == TwinMethod::jocor ? 0 : 1 - network;
-    const uint32_t* keys = s.keys + chosen_by * all + first;
     double rate = 1.0 - number(w.forget_rate, group);
     int64_t k = keep_count(rate, count);
-    double divisor;
-    if (w.released && w.method != TwinMethod::jocor) {
-      if (k == 0) k = count;
-      divisor = double(k) * double(k);
-    } else {
-      if (!w.released && k == 0 && rate > 0) k = std::min<int64_t>(1, count);
-      divisor = double(k);
-    }
-    Threshold border = smallest(keys, w.rows, k, s.work + network * all + first);
-    for (int64_t i = 0; i < w.rows; ++i) take(i, border.keeps(keys[i]), 1.0 / divisor);
-    if (k == 0 && w.released) total = kNan;  // a mean of nothing
+    bool twice = w.released && w.method != TwinMethod::jocor;
+    if (k == 0 && twice) k = count;
+    if (k == 0 && !w.released && rate > 0) k = std::min<int64_t>(1, count);
+    undefined = k == 0 && w.released;
+    divisor = twice ? double(k) * double(k) : double(k);
+    // A network learns from the choice of the other; in JoCoR both have one choice.
+    const uint32_t* keys = s.keys + (w.method == TwinMethod::jocor ? 0 : 1 - network) * all + first;
+    write_mask(smallest(keys, w.rows, k, s.work + network * all + first), keys, w.rows, kept);
   }
-  w.losses[network][group] = float(total);
+  const float* losses = s.row_losses + network * all + first;
+  float* coefficients = w.coefficients + network * all + first;
+  double total = 0;
+  for (int64_t i = 0; i < w.rows; ++i) {
+    double weight = 1.0;
+    if (w.released && w.method == TwinMethod::decoupling)
+      weight = double(w.rows) / (double(w.classes) * s.class_counts[group * w.classes + label_of(w, group, i)]);
+    coefficients[i] = kept[i] ? float(weight / divisor) : 0.f;
+    total += kept[i] ? double(coefficients[i]) * losses[i] : 0.0;
+  }
+  w.losses[network][group] = undefined ? kNan : float(total);
 }
 
 int64_t twin_scratch_bytes(const TwinLoss& w, const Host& host) { return Scratch(nullptr, w, host).used; }
@@ -329,9 +288,10 @@ bool twin(const TwinLoss& w, void* scratch, const Host& host) {
   // 1. Every row on its own.
   std::atomic<bool> valid = true;
   run_tasks(host, s.workers, true, [&](int64_t worker) {
-    float* z = s.rows + worker * 2 * s.padded;
-    for (int64_t at = all * worker / s.workers; at < all * (worker + 1) / s.workers; ++at)
-      if (!measure_row(w, s, at / w.rows, at % w.rows, z)) valid = false;
+    float* z = s.rows + worker * 2 * s.tile * s.padded;
+    int64_t begin = all * worker / s.workers, end = all * (worker + 1) / s.workers;
+    for (int64_t at = begin; at < end; at += s.tile)
+      if (!measure_rows(w, s, at, std::min(s.tile, end - at), z)) valid = false;
   });
   if (!valid) return false;
   // 2. Every group as a whole.
@@ -360,7 +320,7 @@ void store_row(const float* from, Dtype dtype, int64_t classes, void* gradients,
 void differentiate_row(const TwinLossBackward& b, int64_t group, int64_t row, int64_t padded, float* z) {
   const TwinLoss& w = b.forward;
   int64_t all = w.groups * w.rows, at = group * w.rows + row;
-  int64_t label = w.labels[group * w.label_group_stride + row * w.label_row_stride];
+  int64_t label = label_of(w, group, row);
   bool joint = w.method == TwinMethod::jocor;
   for (int network = 0; network < 2; ++network)
     if (w.logits[network].data) load_row(w, network, group, row, padded, z + network * padded);

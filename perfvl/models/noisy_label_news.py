@@ -20,7 +20,7 @@ class PooledEmbedding(nn.Module):
     phases (1000 words of 300 and 4800 windows: 5 words of 24 windows), and a word lies on few windows, its pieces (at
     most 6). A table [vocab, phases, pieces] holds what a word adds to each; a batch gathers [B, L, pieces] of it, and
     adds the pieces of the windows that lie on more than one word. Where the table would be larger than the embedding,
-    the plain way is taken.
+    and under ``torch.compile``, the plain way is taken.
 
     Args:
         embedding: floating [vocab, dim], finite, shared and not copied; or (vocab, dim) for the shape alone: zeros, to
@@ -68,7 +68,6 @@ class PooledEmbedding(nn.Module):
         self._period = _period(words, pooled)
         self._table: _Table | None = None
 
-    @torch.compiler.disable  # whether the table is still right can only be seen outside of a graph
     @torch.no_grad()
     def forward(self, words: Tensor) -> Tensor:
         """words [B, L] -> [B, P]."""
@@ -77,8 +76,9 @@ class PooledEmbedding(nn.Module):
         if words.dim() != 2 or words.shape[1] != self.words:
             raise ValueError(f"PooledEmbedding: `words` got shape {tuple(words.shape)}, expected [B, {self.words}]")
         phases, pieces, _ = self._period
-        # The changes of an inference tensor cannot be told.
-        if phases * pieces > self.weight.shape[1] or self.weight.is_inference():
+        # Whether a table is still right cannot be seen while a graph is traced, nor of an inference tensor at all.
+        blind = torch.compiler.is_compiling() or self.weight.is_inference()
+        if blind or phases * pieces > self.weight.shape[1]:
             return F.adaptive_avg_pool1d(F.embedding(words, self.weight).flatten(1), self.pooled)
         table = self._current_table()
         phase = torch.arange(self.words, device=words.device, dtype=words.dtype) % phases

@@ -197,10 +197,11 @@ def co_teaching_plus_loss(
     :func:`co_teaching_loss`, and:
 
     Args:
-        step: read by ``mode="reference"`` alone: the number that the authors' code compares with 5,000 where D is empty (it
-            passes epoch * batch index): an int, or a one-element int64 tensor on the device of the logits. None is 0.
-        sample_ids: read by ``mode="reference"`` alone: [..., n] int64, the rows' positions in the data set. The code loses
-            one row, the last of D, for each row of D with id 0.
+        step: read by ``mode="reference"`` alone: the number that the authors' code compares with 5,000 where D is empty
+            (it passes epoch * batch index): an int, or a one-element int64 tensor on the device of the logits. None is
+            0.
+        sample_ids: read by ``mode="reference"`` alone: [..., n] int64, the rows' positions in the data set. The code
+            loses one row, the last of D, for each row of D with id 0.
         mode: "paper" (where D is empty the losses are 0, with zero gradients), or "reference": cross-entropy of
             probabilities (a softmax too many), divided by k twice; all of D where k = 0; where D is empty the mean over
             all rows while step < 5000, then 0.
