@@ -14,6 +14,7 @@ MODULES = {
     "momentum_update": ("momentum_update",),
     "key_queue": ("key_queue",),
     "brivl_step": ("brivl_step",),
+    "small_loss": ("small_loss", "small_loss_steps"),
     "moco_digits": ("moco_digits",),
 }
 

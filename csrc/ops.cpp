@@ -135,7 +135,7 @@ Tensor scratch_of(int64_t bytes) { return empty_dense({bytes}, aoti_torch_dtype_
 
 Tensor small_loss_mask(const Tensor& losses, double keep_rate, std::optional<Tensor> keep_rates,
                        std::optional<Tensor> candidates) {
-  Tensor mask = empty_dense({losses.size(0), losses.size(1)}, aoti_torch_dtype_bool());
+  Tensor mask = empty_dense(sizes_of(losses), aoti_torch_dtype_bool());
   SmallLossMask arguments = mask_arguments(losses, keep_rate, keep_rates, candidates, mask);
   const SmallLossKernel& kernel = *current_level()->small_loss;
   Tensor scratch = scratch_of(kernel.mask_scratch_bytes(arguments));

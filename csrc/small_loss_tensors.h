@@ -22,18 +22,24 @@ inline Scalars scalars(double value, const std::optional<Tensor>& tensor) {
           tensor->scalar_type() == ScalarType::Double};
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 inline const int64_t* integers(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
 
+// Losses are [groups, rows] or [rows].
 inline SmallLossMask mask_arguments(const Tensor& losses, double keep_rate, const std::optional<Tensor>& keep_rates,
                                     const std::optional<Tensor>& candidates, const Tensor& mask) {
   SmallLossMask m{};
   m.losses = losses.const_data_ptr(), m.dtype = dtype_of(losses.scalar_type());
-  m.groups = losses.size(0), m.rows = losses.size(1);
-  m.group_stride = losses.stride(0), m.row_stride = losses.stride(1);
+  m.groups = losses.dim() == 2 ? losses.size(0) : 1, m.rows = losses.size(losses.dim() - 1);
+  m.group_stride = stride_of(losses, 2), m.row_stride = stride_of(losses, 1);
   m.keep_rate = scalars(keep_rate, keep_rates);
   if (candidates) {
     m.candidates = static_cast<const uint8_t*>(candidates->const_data_ptr());
-    m.candidate_group_stride = candidates->stride(0), m.candidate_row_stride = candidates->stride(1);
+    m.candidate_group_stride = stride_of(*candidates, 2), m.candidate_row_stride = stride_of(*candidates, 1);
   }
   m.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   return m;
@@ -108,9 +114,8 @@ inline TwinLossBackward twin_backward(const TwinLoss& forward, const Tensor& coe
 inline std::array<Tensor, 2> twin_gradients(const Tensor& logits, TwinLossBackward& b, bool need1, bool need2,
                                             int32_t device_type, int32_t device) {
   auto make = [&](bool needed) {
-    auto sizes = logits.sizes();
-    std::vector<int64_t> shape(sizes.begin(), sizes.end());
-    return empty_dense(needed ? shape : std::vector<int64_t>{0}, shim_dtype(b.forward.dtype), device_type, device);
+    return empty_dense(needed ? sizes_of(logits) : std::vector<int64_t>{0}, shim_dtype(b.forward.dtype), device_type,
+                       device);
   };
   std::array<Tensor, 2> out{make(need1), make(need2)};
   if (need1) b.gradients[0] = out[0].mutable_data_ptr();

@@ -79,11 +79,14 @@ def small_loss_mask(losses: Tensor, keep_rate: Rate, *, candidates: Tensor | Non
     _check_rate(op, "keep_rate", keep_rate, losses, losses.shape[:-1])
     if candidates is not None:
         _check_rows(op, "candidates", candidates, torch.bool, losses.shape, losses)
-    losses = losses.detach()
+    if losses.requires_grad:
+        losses = losses.detach()
     if losses.dtype == torch.float64 or losses.numel() == 0 or backends.choose(losses, cuda="native") == "reference":
         return reference.small_loss_mask(losses, _shaped(keep_rate, losses.shape[:-1]), candidates)
-    rows = losses.shape[-1]
     number, numbers = _split(keep_rate)
+    if losses.dim() <= 2:
+        return _MASK(losses, number, numbers, candidates)
+    rows = losses.shape[-1]
     counted = None if candidates is None else candidates.reshape(-1, rows)
     return _MASK(losses.reshape(-1, rows), number, numbers, counted).view(losses.shape)
 
