@@ -56,7 +56,7 @@ def contender(loss: peers.Loss, role: Any = "peer") -> Contender:
 
 
 def contenders(method: str, groups: int) -> dict[str, Contender]:
-    """perfvl, then the published formulation, then the peers."""
+    """perfvl, then the published formulation, then the peers, then the bound."""
     found = {"perfvl": contender(peers.fused(method), "perfvl")}
     if groups > 1:
         found["perfvl, group by group"] = contender(peers.group_by_group(peers.fused(method)), "perfvl")
@@ -64,6 +64,7 @@ def contenders(method: str, groups: int) -> dict[str, Contender]:
         "eager": contender(peers.published(method), "eager"),
         "without syncs": contender(peers.sync_free(method)),
         "torch.compile": Contender(lambda inputs: contender(peers.compiled(method)).build(inputs), compiles=True),
+        "cross-entropy, nothing selected": contender(peers.without_selection, "bound"),
     }
 
 

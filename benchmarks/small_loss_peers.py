@@ -121,6 +121,12 @@ def sync_free(method: str) -> Loss:
     return loss
 
 
+def without_selection(logits1: Tensor, logits2: Tensor, labels: Tensor, forget_rate: float) -> Tensor:
+    """Both networks' plain cross-entropy, nothing selected: no answer, but what two losses cost in PyTorch."""
+    rows = labels.flatten()
+    return F.cross_entropy(logits1.flatten(0, -2), rows) + F.cross_entropy(logits2.flatten(0, -2), rows)
+
+
 def compiled(method: str) -> Loss:
     """``torch.compile`` of the version without syncs."""
     torch.compiler.reset()

@@ -71,7 +71,7 @@ def twin_loss(
                 divisor = k.clamp_min(1).double()
             kept1, kept2 = _smallest(losses2, candidates, k), _smallest(losses1, candidates, k)
         if released and method == "co_teaching_plus":
-            gate = torch.as_tensor(step, device=count.device) < GATE_STEPS
+            gate = step < GATE_STEPS
             kept1, kept2 = (torch.where(count.unsqueeze(-1) > 0, kept, gate) for kept in (kept1, kept2))
             divisor = torch.where(count > 0, divisor, n)
         weights = torch.ones((), dtype=torch.float64, device=labels.device)
@@ -109,7 +109,9 @@ def _row_losses(
 
 def _double(rate: Rate, losses: Tensor) -> Tensor:
     """[...]: a rate in float64, for every batch."""
-    return torch.as_tensor(rate, dtype=torch.float64, device=losses.device).expand(losses.shape[:-1])
+    if isinstance(rate, Tensor):
+        return rate.double().expand(losses.shape[:-1])
+    return torch.full(losses.shape[:-1], rate, dtype=torch.float64, device=losses.device)
 
 
 def _keep_count(rate: Tensor, count: Tensor) -> Tensor:
