@@ -21,6 +21,7 @@ import perfvl
 from perfvl.ops.key_queue import enqueue_
 from perfvl.ops.momentum_update import momentum_update_
 from perfvl.ops.scale_rows import scale_rows
+from perfvl.ops.small_loss import co_teaching_loss, co_teaching_plus_loss, decoupling_loss, jocor_loss, small_loss_mask
 from perfvl.reference.key_queue import enqueue_ as reference_enqueue
 from perfvl.reference.momentum_update import momentum_update as reference_momentum
 
@@ -32,7 +33,14 @@ ONLY_IN_LIBTORCH_CUDA = {
     "torch_c10_cuda_check_msg",
     "torch_c10_cuda_free_error_msg",
 }
-CUDA_OPS = ["perfvl::scale_rows", "perfvl::momentum_update_", "perfvl::enqueue_"]
+CUDA_OPS = [
+    "perfvl::scale_rows",
+    "perfvl::momentum_update_",
+    "perfvl::enqueue_",
+    "perfvl::small_loss_mask",
+    "perfvl::twin_loss",
+    "perfvl::twin_loss_backward",
+]
 
 
 def library(name: str) -> Path:
@@ -183,6 +191,25 @@ def test_enqueue_moves_four_vectors_at_a_time(dtypes):
         assert len(re.findall(r"\bATOMG?\.E\.ADD\.64\b", code)) == 1
 
 
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16", "6__half"])
+def test_row_losses_are_rounded_operation_by_operation_with_eight_loads_in_flight(dtype, width):
+    for code in sass(rf"\w*twin_kernelI{dtype}Li{width}E"):
+        fused = re.findall(r"\bFFMA\S* R\d+, (\w+)", code)
+        assert set(fused) <= {"RZ"}  # with zero: how a float64 division looks at its operands
+        assert not re.search(r"\.FTZ\b", code)
+        order = re.findall(r"\b(LDG|FSETP|SHFL)\b", code)
+        assert "LDG " * 8 in " ".join(order) + " "
+        assert "ATOMS.POPC.INC" in code  # digits: equal ones of a warp are counted at once
+
+
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16", "6__half"])
+def test_kernels_of_the_small_loss_add_no_floating_point_numbers_atomically(dtype, width):
+    for code in sass(rf"\w*twin_kernelI{dtype}Li{width}E") + sass(rf"\w*backward_kernelI{dtype}Li{width}E"):
+        assert not re.search(r"\b(ATOM|ATOMG|RED|REDG)\S*\.F(16|32|64)", code)
+
+
 def test_kernels_of_the_emulator_are_cuda(tmp_path):
     home = build.release()["cuda_home"]()
     if home is None:
@@ -315,3 +342,86 @@ def test_enqueue_is_captured_in_a_cuda_graph_and_advances_at_every_replay():
     torch.cuda.synchronize()
     assert cursor.item() == (8 + 21) % 10
     torch.testing.assert_close(queue.float(), seen, rtol=2**-8, atol=1e-6)
+
+
+TWIN_LOSSES = {
+    "decoupling": lambda z1, z2, labels, rate, mode: decoupling_loss(z1, z2, labels, mode=mode),
+    "co_teaching": lambda z1, z2, labels, rate, mode: co_teaching_loss(z1, z2, labels, rate, mode=mode),
+    "co_teaching_plus": lambda z1, z2, labels, rate, mode: co_teaching_plus_loss(z1, z2, labels, rate, mode=mode),
+    "jocor": lambda z1, z2, labels, rate, mode: jocor_loss(z1, z2, labels, rate, co_lambda=0.9, mode=mode),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+@pytest.mark.parametrize("loss", TWIN_LOSSES)
+def test_losses_of_two_networks_choose_the_same_rows_on_the_gpu_as_on_the_cpu(loss, mode, dtype):
+    run = TWIN_LOSSES[loss]
+    for shape in [
+        (128, 10),
+        (1, 1),
+        (300, 100),
+        (1024, 1000),
+        (2048, 7),
+        (2049, 7),
+        (100_000, 3),
+        (5, 40, 10),
+        (300, 9, 65),
+    ]:
+        z1, z2 = (3 * torch.randn(shape).to(dtype) for _ in range(2))
+        labels = torch.randint(shape[-1], shape[:-1])
+        leaves = [z.clone().requires_grad_() for z in (z1, z2)]
+        device_leaves = [z.cuda().requires_grad_() for z in (z1, z2)]
+        right, got = run(*leaves, labels, 0.3, mode), run(*device_leaves, labels.cuda(), 0.3, mode)
+        again = run(*device_leaves, labels.cuda(), 0.3, mode)
+        for i in range(4):
+            torch.testing.assert_close(got[i], again[i], rtol=0, atol=0, equal_nan=True)
+        for i in (2, 3):
+            assert torch.equal(got[i].cpu(), right[i])
+        for i in (0, 1):
+            torch.testing.assert_close(got[i].cpu(), right[i], rtol=3e-7, atol=0, equal_nan=True)
+        (right.loss1 if loss == "jocor" else right.loss1 + right.loss2).sum().backward()
+        (got.loss1 if loss == "jocor" else got.loss1 + got.loss2).sum().backward()
+        for mine, true in zip(device_leaves, leaves, strict=True):
+            torch.testing.assert_close(
+                mine.grad.cpu(), true.grad, rtol=2e-5 if dtype == torch.float32 else 0.02, atol=1e-7
+            )
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_loss_mask_on_the_gpu_is_that_of_the_cpu(dtype):
+    for shape in [(1,), (128,), (7, 2048), (2049,), (3, 70_000), (5_000_000,), (70_000, 3)]:
+        losses = torch.randn(shape).to(dtype)
+        losses[torch.rand(shape) < 0.05] = torch.nan
+        some = torch.rand(shape) < 0.7
+        for rate in (0.0, 0.3, 1.0):
+            for candidates in (None, some):
+                right = small_loss_mask(losses, rate, candidates=candidates)
+                counted = None if candidates is None else candidates.cuda()
+                assert torch.equal(small_loss_mask(losses.cuda(), rate, candidates=counted).cpu(), right)
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", [128, 1024, 5000])
+def test_losses_of_two_networks_are_captured_in_a_cuda_graph(rows):
+    z1, z2 = (torch.randn(rows, 100, device="cuda", requires_grad=True) for _ in range(2))
+    labels, rate = torch.randint(100, (rows,), device="cuda"), torch.tensor(0.2, device="cuda")
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def losses():
+        out = co_teaching_plus_loss(z1, z2, labels, rate, step=step, mode="reference")
+        return out, torch.autograd.grad(out.loss1 + out.loss2, (z1, z2))
+
+    losses()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, grads = losses()
+    for forget in (0.0, 0.5, 0.9):
+        with torch.no_grad():
+            z1.normal_()
+            rate.fill_(forget)
+        graph.replay()
+        right, right_grads = losses()
+        assert all(torch.equal(a, b) for a, b in zip((*out, *grads), (*right, *right_grads), strict=True))

@@ -201,6 +201,21 @@ def test_rejected_rows_get_a_gradient_of_exactly_zero_whatever_they_hold(loss, b
         assert (grad[kept].abs().sum(1) > 0).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_jocor_with_a_class_that_one_network_rules_out_is_infinitely_far(backend):
+    logits1, logits2, labels = batch(10, 4)
+    with torch.no_grad():
+        logits1[4, (labels[4] + 1) % 4] = -torch.inf
+        logits1[5, (labels[5] + 1) % 4] = logits2[5, (labels[5] + 1) % 4] = -torch.inf
+    with perfvl.use_backend(backend):
+        everything = pf.jocor_loss(logits1, logits2, labels, 0.0, co_lambda=0.5)
+        out = pf.jocor_loss(logits1, logits2, labels, 0.1, co_lambda=0.5)
+    assert everything.loss1 == torch.inf
+    assert (~out.kept1).nonzero().tolist() == [[4]]
+    assert out.loss1.isfinite()
+    assert all(grad.isfinite().all() for grad in gradients(out, logits1, logits2))
+
+
 def test_nan_is_kept_only_where_it_must_be():
     logits1, logits2, labels = batch(10, 4)
     with torch.no_grad():

@@ -136,6 +136,9 @@ struct Divergence {
   }
 };
 
+// A class that a network rules out adds nothing to its mean, however far the other network is from that.
+Vec unless_zero(Vec weight, Vec product) { return from_bits(bits(product) & (weight != 0.f)); }
+
 struct Scratch {
   uint32_t *keys, *work;  // [2, groups, rows] each
   float* row_losses;      // [2, groups, rows]
@@ -208,7 +211,7 @@ bool measure_rows(const TwinLoss& w, const Scratch& s, int64_t at, int64_t count
       RowStats &first = w.stats[at + r], &second = w.stats[all + at + r];
       std::tie(first.extra, second.extra) = sum_classes_twice(s.padded, [&](int64_t c) {
         Divergence v(row(0, r) + c, row(1, r) + c, first, second);
-        return std::pair(v.p * v.d, v.q * v.d);
+        return std::pair(unless_zero(v.p, v.p * v.d), unless_zero(v.q, v.q * v.d));
       });
       float agreement = first.extra - second.extra;
       loss[0][r] = (1.f - w.co_lambda) * (loss[0][r] + loss[1][r]) + w.co_lambda * agreement;

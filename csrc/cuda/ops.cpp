@@ -6,13 +6,16 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cuda/key_queue.h"
 #include "cuda/momentum_update.h"
 #include "cuda/scale_rows.h"
+#include "cuda/small_loss.h"
 #include "momentum_pairs.h"
 #include "ring_write.h"
+#include "small_loss_tensors.h"
 #include "tensor.h"
 
 namespace perfvl {
@@ -59,12 +62,60 @@ void enqueue(const Tensor& queue, const Tensor& cursor, const Tensor& keys, std:
   STD_CUDA_CHECK(cudaError_t(cuda::key_queue(write, current_stream(device))));
 }
 
+Tensor scratch_of(int64_t bytes, int32_t device) {
+  return empty_dense({bytes}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
+}
+
+Tensor small_loss_mask(const Tensor& losses, double keep_rate, std::optional<Tensor> keep_rates,
+                       std::optional<Tensor> candidates) {
+  int32_t device = losses.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor mask = empty_dense(sizes_of(losses), aoti_torch_dtype_bool(), aoti_torch_device_type_cuda(), device);
+  if (losses.numel() == 0) return mask;  // CUDA refuses an empty grid
+  SmallLossMask arguments = mask_arguments(losses, keep_rate, keep_rates, candidates, mask);
+  Tensor scratch = scratch_of(cuda::mask_scratch_bytes(arguments), device);
+  STD_CUDA_CHECK(cudaError_t(cuda::small_loss_mask(arguments, scratch.mutable_data_ptr(), current_stream(device))));
+  return mask;
+}
+
+TwinOutputs twin_loss(const Tensor& logits1, const Tensor& logits2, const Tensor& labels, int64_t method, bool released,
+                      double parameter, double forget_rate, std::optional<Tensor> forget_rates, int64_t step,
+                      std::optional<Tensor> step_tensor, std::optional<Tensor> sample_ids) {
+  int32_t device = logits1.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  TwinLoss w = twin_arguments(&logits1, &logits2, labels, method, released, parameter);
+  set_choice(w, forget_rate, forget_rates, step, step_tensor, sample_ids);
+  TwinOutputs outputs = twin_outputs(logits1, w, aoti_torch_device_type_cuda(), device);
+  if (logits1.numel() == 0) return outputs;
+  Tensor scratch = scratch_of(cuda::twin_scratch_bytes(w), device);
+  STD_CUDA_CHECK(cudaError_t(cuda::twin_loss(w, scratch.mutable_data_ptr(), current_stream(device))));
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor> twin_loss_backward(std::optional<Tensor> upstream1, std::optional<Tensor> upstream2,
+                                              std::optional<Tensor> logits1, std::optional<Tensor> logits2,
+                                              const Tensor& labels, const Tensor& coefficients, const Tensor& stats,
+                                              int64_t method, bool released, double parameter, bool need1, bool need2) {
+  const Tensor *first = logits1 ? &*logits1 : nullptr, *second = logits2 ? &*logits2 : nullptr;
+  const Tensor& logits = first ? *first : *second;
+  int32_t device = logits.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  TwinLossBackward b = twin_backward(twin_arguments(first, second, labels, method, released, parameter), coefficients,
+                                     stats, upstream1, upstream2);
+  auto [grad1, grad2] = twin_gradients(logits, b, need1, need2, aoti_torch_device_type_cuda(), device);
+  if (logits.numel() > 0) STD_CUDA_CHECK(cudaError_t(cuda::twin_loss_backward(b, current_stream(device))));
+  return {grad1, grad2};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(perfvl, CUDA, m) {
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
   m.impl("momentum_update_", TORCH_BOX(&momentum_update));
   m.impl("enqueue_", TORCH_BOX(&enqueue));
+  m.impl("small_loss_mask", TORCH_BOX(&small_loss_mask));
+  m.impl("twin_loss", TORCH_BOX(&twin_loss));
+  m.impl("twin_loss_backward", TORCH_BOX(&twin_loss_backward));
 }
 
 }  // namespace perfvl

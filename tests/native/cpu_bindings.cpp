@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "in_place.h"
+#include "selection.h"
 
 namespace {
 
@@ -109,6 +110,41 @@ void key_queue(const std::string& level, int64_t threads, bool reverse, const py
              [&](const RingWrite& write) { (*level_named(level).key_queue)(write, host(threads, reverse)); });
 }
 
+py::array small_loss_mask(const std::string& level, int64_t threads, bool reverse, const py::array& losses,
+                          double keep_rate, const Optional& keep_rates, const Optional& candidates) {
+  const SmallLossKernel& kernel = *level_named(level).small_loss;
+  return select_smallest(losses, keep_rate, keep_rates, candidates, [&](const SmallLossMask& m) {
+    with_scratch(kernel.mask_scratch_bytes(m), [&](void* scratch) { kernel.mask(m, scratch, host(threads, reverse)); });
+  });
+}
+
+py::dict twin_loss(const std::string& level, int64_t threads, bool reverse, const py::array& logits1,
+                   const py::array& logits2, const py::array& labels, int method, bool released, double parameter,
+                   double forget_rate, const Optional& forget_rates, int64_t step, const Optional& step_tensor,
+                   const Optional& sample_ids) {
+  const SmallLossKernel& kernel = *level_named(level).small_loss;
+  return lose_twice(logits1, logits2, labels, {method, released, parameter}, forget_rate, forget_rates, step,
+                    step_tensor, sample_ids, [&](const TwinLoss& w) {
+                      Host services = host(threads, reverse);
+                      with_scratch(kernel.twin_scratch_bytes(w, services), [&](void* scratch) {
+                        if (!kernel.twin(w, scratch, services)) throw std::invalid_argument("a label is not a class");
+                      });
+                    });
+}
+
+py::tuple twin_loss_backward(const std::string& level, int64_t threads, bool reverse, const Optional& logits1,
+                             const Optional& logits2, const py::array& labels, const py::array& coefficients,
+                             const py::array& stats, const Optional& upstream1, const Optional& upstream2,
+                             std::array<bool, 2> needed, int method, bool released, double parameter) {
+  const SmallLossKernel& kernel = *level_named(level).small_loss;
+  return differentiate_twins(logits1, logits2, labels, coefficients, stats, upstream1, upstream2, needed,
+                             {method, released, parameter}, [&](const TwinLossBackward& b) {
+                               Host services = host(threads, reverse);
+                               with_scratch(kernel.backward_scratch_bytes(b, services),
+                                            [&](void* scratch) { kernel.backward(b, scratch, services); });
+                             });
+}
+
 std::vector<std::string> levels() {
   std::vector<std::string> names;
   for (const Level* level = levels_begin(); level->name; ++level)
@@ -143,6 +179,16 @@ PYBIND11_MODULE(native_cpu, m) {
         py::arg("cursor"), py::arg("keys"), py::kw_only(), py::arg("valid") = py::none(), py::arg("mask") = py::none(),
         py::arg("payload_rings") = Arrays(), py::arg("payloads") = Arrays(), py::arg("normalize") = false,
         py::arg("drop_tail") = false, py::arg("ring_offset") = -1, py::arg("key_offset") = -1);
+  m.def("small_loss_mask", small_loss_mask, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("losses"),
+        py::arg("keep_rate"), py::kw_only(), py::arg("keep_rates") = py::none(), py::arg("candidates") = py::none());
+  m.def("twin_loss", twin_loss, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("logits1"),
+        py::arg("logits2"), py::arg("labels"), py::arg("method"), py::arg("released"), py::arg("parameter"),
+        py::kw_only(), py::arg("forget_rate") = 0.0, py::arg("forget_rates") = py::none(), py::arg("step") = 0,
+        py::arg("step_tensor") = py::none(), py::arg("sample_ids") = py::none());
+  m.def("twin_loss_backward", twin_loss_backward, py::arg("level"), py::arg("threads"), py::arg("reverse"),
+        py::arg("logits1"), py::arg("logits2"), py::arg("labels"), py::arg("coefficients"), py::arg("stats"),
+        py::arg("upstream1"), py::arg("upstream2"), py::arg("needed"), py::arg("method"), py::arg("released"),
+        py::arg("parameter"));
   m.def("info_nce", info_nce, py::arg("level"), py::arg("query"), py::arg("positive"), py::arg("queue"), py::kw_only(),
         py::arg("scale"), py::arg("bfloat16_products") = false, py::arg("row_factor") = 1.0,
         py::arg("with_rank") = true, py::arg("with_grad") = true, py::arg("threads") = 1, py::arg("reverse") = false);

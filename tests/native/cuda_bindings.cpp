@@ -2,9 +2,11 @@
 #include "cuda/key_queue.h"
 #include "cuda/momentum_update.h"
 #include "cuda/scale_rows.h"
+#include "cuda/small_loss.h"
 #include "cuda_emulator.h"
 #include "emulator_kernels.h"
 #include "in_place.h"
+#include "selection.h"
 
 namespace {
 
@@ -39,6 +41,34 @@ void key_queue(const py::array& ring, const py::array& cursor, const py::array& 
              [](const perfvl::RingWrite& write) { expect_success(perfvl::cuda::key_queue(write, nullptr)); });
 }
 
+py::array small_loss_mask(const py::array& losses, double keep_rate, const Optional& keep_rates,
+                          const Optional& candidates) {
+  return select_smallest(losses, keep_rate, keep_rates, candidates, [](const perfvl::SmallLossMask& m) {
+    with_scratch(perfvl::cuda::mask_scratch_bytes(m),
+                 [&](void* scratch) { expect_success(perfvl::cuda::small_loss_mask(m, scratch, nullptr)); });
+  });
+}
+
+py::dict twin_loss(const py::array& logits1, const py::array& logits2, const py::array& labels, int method,
+                   bool released, double parameter, double forget_rate, const Optional& forget_rates, int64_t step,
+                   const Optional& step_tensor, const Optional& sample_ids) {
+  return lose_twice(logits1, logits2, labels, {method, released, parameter}, forget_rate, forget_rates, step,
+                    step_tensor, sample_ids, [](const perfvl::TwinLoss& w) {
+                      with_scratch(perfvl::cuda::twin_scratch_bytes(w), [&](void* scratch) {
+                        expect_success(perfvl::cuda::twin_loss(w, scratch, nullptr));
+                      });
+                    });
+}
+
+py::tuple twin_loss_backward(const Optional& logits1, const Optional& logits2, const py::array& labels,
+                             const py::array& coefficients, const py::array& stats, const Optional& upstream1,
+                             const Optional& upstream2, std::array<bool, 2> needed, int method, bool released,
+                             double parameter) {
+  return differentiate_twins(
+      logits1, logits2, labels, coefficients, stats, upstream1, upstream2, needed, {method, released, parameter},
+      [](const perfvl::TwinLossBackward& b) { expect_success(perfvl::cuda::twin_loss_backward(b, nullptr)); });
+}
+
 using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
 // Runs f(in, n, out) from guarded memory to guarded memory.
@@ -63,6 +93,7 @@ PYBIND11_MODULE(native_cuda, m) {
   m.def("set_order", [](bool reverse) { cuda_emulator::reverse = reverse; });
   m.def("set_grid_limit", [](unsigned blocks) { cuda_emulator::grid_limit = blocks; });
 
+  m.def("launches", [] { return cuda_emulator::launches; });
   m.def("last_launch", [] {
     return py::make_tuple(py::make_tuple(gridDim.x, gridDim.y, gridDim.z),
                           py::make_tuple(blockDim.x, blockDim.y, blockDim.z));
@@ -78,6 +109,16 @@ PYBIND11_MODULE(native_cuda, m) {
         py::arg("valid") = py::none(), py::arg("mask") = py::none(), py::arg("payload_rings") = Arrays(),
         py::arg("payloads") = Arrays(), py::arg("normalize") = false, py::arg("drop_tail") = false,
         py::arg("ring_offset") = -1, py::arg("key_offset") = -1);
+
+  m.def("small_loss_mask", small_loss_mask, py::arg("losses"), py::arg("keep_rate"), py::kw_only(),
+        py::arg("keep_rates") = py::none(), py::arg("candidates") = py::none());
+  m.def("twin_loss", twin_loss, py::arg("logits1"), py::arg("logits2"), py::arg("labels"), py::arg("method"),
+        py::arg("released"), py::arg("parameter"), py::kw_only(), py::arg("forget_rate") = 0.0,
+        py::arg("forget_rates") = py::none(), py::arg("step") = 0, py::arg("step_tensor") = py::none(),
+        py::arg("sample_ids") = py::none());
+  m.def("twin_loss_backward", twin_loss_backward, py::arg("logits1"), py::arg("logits2"), py::arg("labels"),
+        py::arg("coefficients"), py::arg("stats"), py::arg("upstream1"), py::arg("upstream2"), py::arg("needed"),
+        py::arg("method"), py::arg("released"), py::arg("parameter"));
 
   m.def("block_sums", [](const Floats& in, int blocks, int threads) {
     return map_floats(in, blocks, [=](const float* from, int64_t n, float* out) {

@@ -55,6 +55,7 @@ namespace cuda_emulator {
 
 inline bool reverse = false;
 inline unsigned grid_limit = 0;  // 0: none
+inline unsigned launches = 0;    // so far
 
 using Where = std::source_location;
 constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9;  // cudaError_t
@@ -270,7 +271,7 @@ inline int launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functio
   if (!grid_fits || !threads || threads > 1024 || block.z > 64) return kInvalidConfiguration;
   if (shared_bytes > kSharedLimit) return kInvalidValue;
   if (grid_limit) grid = dim3(std::min(grid.x, grid_limit), std::min(grid.y, grid_limit), std::min(grid.z, grid_limit));
-  gridDim = grid, blockDim = block;
+  gridDim = grid, blockDim = block, ++launches;
   auto free_shared = [](unsigned char* p) { ::operator delete(p, std::align_val_t(16)); };
   std::unique_ptr<unsigned char, decltype(free_shared)> shared(
       static_cast<unsigned char*>(::operator new(shared_bytes, std::align_val_t(16))), free_shared);
@@ -333,6 +334,18 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
                   cuda_emulator::Where where = cuda_emulator::Where::current()) {
   int lane = cuda_emulator::lane(), source = lane ^ lane_mask;
   return cuda_emulator::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, where);
+}
+
+inline uint32_t __float_as_uint(float x) { return cuda_emulator::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return cuda_emulator::bit_cast<float>(x); }
+
+inline void __threadfence() {}  // blocks run one after the other
+
+using cudaStream_t = void*;
+constexpr int cudaSuccess = cuda_emulator::kSuccess;
+inline int cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
 }
 
 template <class T>
