@@ -84,7 +84,7 @@ def workload(method: str, n: int, classes: int, groups: int = 1, **settings: Any
         bytes=2 * 2 * 4 * numbers,
         flops=2 * 8 * numbers,
         shrink={"n": 64},
-        repeats=max(1, 50_000 // numbers),
+        repeats=max(1, min(40, 400_000 // numbers)),
         memory=numbers >= 1_000_000,
         **settings,
     )

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <utility>
 
-#include "cpu/convert.h"
+#include "cpu/small_loss_few.h"
 #include "cpu/small_loss_select.h"
 
 namespace perfvl {
@@ -23,7 +23,6 @@ namespace {
 constexpr int64_t kSums = 32;         // partial sums over classes, on every level (see small_loss.h)
 constexpr int64_t kShare = 16 << 10;  // elements: fewer are done before another thread has woken
 constexpr int64_t kTile = 16;         // rows at most
-constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
@@ -59,11 +58,6 @@ void mask(const SmallLossMask& m, void* scratch, const Host& host) {
   });
 }
 
-// e^x for x <= 1 by operations that every level and GPU rounds alike.
-Vec exp_terms(Vec x) {
-  return exp2(x * kLog2e, [](Vec a, Vec b, Vec c) { return a * b + c; });
-}
-
 constexpr int64_t kVecs = kSums / kLanes;
 
 float fold(Vec* sums) {
@@ -72,12 +66,20 @@ float fold(Vec* sums) {
   return sum(sums[0]);
 }
 
-// f(c) for vectors of classes beginning at c, added up in the order of small_loss.h.
+// f(c, v) for vectors of classes beginning at c, which go to partial sums v. Past the last vector they stay 0.
+template <class F>
+void each_vec(int64_t padded, F f) {
+  int64_t c = 0;
+  for (; c + kSums <= padded; c += kSums)
+    for (int64_t v = 0; v < kVecs; ++v) f(c + v * kLanes, v);
+  for (int64_t v = 0; c < padded; c += kLanes) f(c, v++);
+}
+
+// f(c) for all vectors, added up in the order of small_loss.h.
 template <class F>
 float sum_classes(int64_t padded, F f) {
   Vec sums[kVecs] = {};
-  for (int64_t c = 0; c < padded; c += kSums)
-    for (int64_t v = 0; v < kVecs; ++v) sums[v] += f(c + v * kLanes);
+  each_vec(padded, [&](int64_t c, int64_t v) { sums[v] += f(c); });
   return fold(sums);
 }
 
@@ -85,11 +87,10 @@ float sum_classes(int64_t padded, F f) {
 template <class F>
 std::pair<float, float> sum_classes_twice(int64_t padded, F f) {
   Vec first[kVecs] = {}, second[kVecs] = {};
-  for (int64_t c = 0; c < padded; c += kSums)
-    for (int64_t v = 0; v < kVecs; ++v) {
-      auto [a, b] = f(c + v * kLanes);
-      first[v] += a, second[v] += b;
-    }
+  each_vec(padded, [&](int64_t c, int64_t v) {
+    auto [a, b] = f(c);
+    first[v] += a, second[v] += b;
+  });
   return {fold(first), fold(second)};
 }
 
@@ -99,15 +100,12 @@ float largest_of(const float* z, int64_t padded) {
   return largest(top);
 }
 
-float log_of(float sum) { return float(std::log(double(sum))); }
-
 // A row of logits as float32, -inf from `classes` to `padded`.
 void load_row(const TwinLoss& w, int network, int64_t group, int64_t row, int64_t padded, float* z) {
   const Logits& l = w.logits[network];
-  int64_t size = w.dtype == Dtype::float32 ? 4 : 2;
-  const char* first = static_cast<const char*>(l.data) + group * l.group_stride * size;
+  const char* first = static_cast<const char*>(l.data) + group * l.group_stride * size_of(w);
   if (w.dtype == Dtype::float32 && l.class_stride == 1)
-    std::memcpy(z, first + row * l.row_stride * size, w.classes * size);
+    std::memcpy(z, first + row * l.row_stride * 4, w.classes * 4);
   else
     copy_rows(Matrix{first, w.rows, w.classes, l.row_stride, l.class_stride, w.dtype}, row, 1, z, w.classes);
   std::fill(z + w.classes, z + padded, -kInfinity);
@@ -151,7 +149,7 @@ struct Scratch {
     Arena arena(base);
     int64_t all = w.groups * w.rows;
     bool weighs = w.released && w.method == TwinMethod::decoupling;
-    padded = round_up(w.classes, kSums);
+    padded = round_up(w.classes, kLanes);
     tile = std::clamp<int64_t>(2048 / padded, 1, kTile);
     workers = workers_for(2 * all * w.classes, host);
     keys = arena.take<uint32_t>(2 * all), work = arena.take<uint32_t>(2 * all);
@@ -163,8 +161,17 @@ struct Scratch {
   }
 };
 
-int64_t label_of(const TwinLoss& w, int64_t group, int64_t row) {
-  return w.labels[group * w.label_group_stride + row * w.label_row_stride];
+// Where row `at` of all groups begins, or the last one where there are fewer.
+const char* row_start(const TwinLoss& w, int network, int64_t at) {
+  at = std::min(at, w.groups * w.rows - 1);
+  const Logits& l = w.logits[network];
+  return static_cast<const char*>(l.data) + (at / w.rows * l.group_stride + at % w.rows * l.row_stride) * size_of(w);
+}
+
+void rank_row(const TwinLoss& w, const Scratch& s, int64_t at, float loss1, float loss2, bool agrees) {
+  int64_t other = w.groups * w.rows + at;
+  s.row_losses[at] = loss1, s.row_losses[other] = loss2;
+  s.keys[at] = agrees ? kNoCandidate : key_of(loss1), s.keys[other] = agrees ? kNoCandidate : key_of(loss2);
 }
 
 // Losses, keys and stats of up to `s.tile` rows from row `at` of all groups; false where a label is not a class.
@@ -187,9 +194,18 @@ bool measure_rows(const TwinLoss& w, const Scratch& s, int64_t at, int64_t count
       load_row(w, network, (at + r) / w.rows, (at + r) % w.rows, s.padded, row(network, r));
   each([&](RowStats& stats, float* z, float&, int64_t) { stats.max = largest_of(z, s.padded); });
   // 2. Cross-entropy.
-  each([&](RowStats& stats, float* z, float&, int64_t) {
-    stats.log_sum = sum_classes(s.padded, [&](int64_t c) { return exp_terms(load<Vec>(z + c) - stats.max); });
-  });
+  int64_t size = size_of(w);
+  for (int network = 0; network < 2; ++network)
+    for (int64_t r = 0; r < count; ++r) {
+      RowStats& stats = w.stats[network * all + at + r];
+      const float* z = row(network, r);
+      // Meanwhile the row that will be next in this place comes from memory: its start is too far away to be foreseen.
+      const char* next = row_start(w, network, at + s.tile + r);
+      stats.log_sum = sum_classes(s.padded, [&](int64_t c) {
+        __builtin_prefetch(next + c * size);
+        return exp_terms(load<Vec>(z + c) - stats.max);
+      });
+    }
   each([&](RowStats& stats, float* z, float& loss, int64_t r) {
     stats.log_sum = log_of(stats.log_sum), stats.extra = 0.f;
     loss = stats.log_sum - (z[labels[r]] - stats.max);
@@ -219,11 +235,18 @@ bool measure_rows(const TwinLoss& w, const Scratch& s, int64_t at, int64_t count
     }
   }
   // 4. Where they rank.
-  for (int network = 0; network < 2; ++network)
-    for (int64_t r = 0; r < count; ++r) {
-      s.row_losses[network * all + at + r] = loss[network][r];
-      s.keys[network * all + at + r] = agrees[r] ? kNoCandidate : key_of(loss[network][r]);
-    }
+  for (int64_t r = 0; r < count; ++r) rank_row(w, s, at + r, loss[0][r], loss[1][r], agrees[r]);
+  return true;
+}
+
+bool measure_few(const TwinLoss& w, const Scratch& s, int64_t at, int64_t end) {
+  RowTile tile(w, at, end);
+  for (int64_t i = 0; i < tile.count; ++i)
+    if (tile.label[i] < 0 || tile.label[i] >= w.classes) return false;
+  float loss[2][kLanes];
+  bool agrees[kLanes] = {};
+  measure_columns(w, tile, loss, agrees);
+  for (int64_t i = 0; i < tile.count; ++i) rank_row(w, s, at + i, loss[0][i], loss[1][i], agrees[i]);
   return true;
 }
 
@@ -293,8 +316,10 @@ bool twin(const TwinLoss& w, void* scratch, const Host& host) {
   run_tasks(host, s.workers, true, [&](int64_t worker) {
     float* z = s.rows + worker * 2 * s.tile * s.padded;
     int64_t begin = all * worker / s.workers, end = all * (worker + 1) / s.workers;
-    for (int64_t at = begin; at < end; at += s.tile)
-      if (!measure_rows(w, s, at, std::min(s.tile, end - at), z)) valid = false;
+    int64_t step = few_classes(w) ? kLanes : s.tile;
+    for (int64_t at = begin; at < end; at += step)
+      if (!(few_classes(w) ? measure_few(w, s, at, end) : measure_rows(w, s, at, std::min(step, end - at), z)))
+        valid = false;
   });
   if (!valid) return false;
   // 2. Every group as a whole.
@@ -372,17 +397,26 @@ void differentiate_row(const TwinLossBackward& b, int64_t group, int64_t row, in
 int64_t backward_scratch_bytes(const TwinLossBackward& b, const Host& host) {
   const TwinLoss& w = b.forward;
   Arena arena(nullptr);
-  arena.take<float>(workers_for(2 * w.groups * w.rows * w.classes, host) * 2 * round_up(w.classes, kSums));
+  arena.take<float>(workers_for(2 * w.groups * w.rows * w.classes, host) * 2 * round_up(w.classes, kLanes));
   return arena.used();
 }
 
 void backward(const TwinLossBackward& b, void* scratch, const Host& host) {
   const TwinLoss& w = b.forward;
-  int64_t all = w.groups * w.rows, padded = round_up(w.classes, kSums);
-  int64_t workers = workers_for(2 * all * w.classes, host), bytes = w.dtype == Dtype::float32 ? 4 : 2;
+  int64_t all = w.groups * w.rows, padded = round_up(w.classes, kLanes);
+  int64_t workers = workers_for(2 * all * w.classes, host), bytes = size_of(w);
   run_tasks(host, workers, true, [&](int64_t worker) {
     float* z = static_cast<float*>(scratch) + worker * 2 * padded;
-    for (int64_t at = all * worker / workers; at < all * (worker + 1) / workers; ++at) {
+    int64_t begin = all * worker / workers, end = all * (worker + 1) / workers;
+    if (few_classes(w)) {
+      for (int64_t at = begin; at < end; at += kLanes) {
+        RowTile tile(w, at, end);
+        for (int network = 0; network < 2; ++network)
+          if (b.gradients[network]) differentiate_columns(b, network, tile);
+      }
+      return;
+    }
+    for (int64_t at = begin; at < end; ++at) {
       bool kept[2];
       for (int network = 0; network < 2; ++network)
         kept[network] = b.gradients[network] && w.coefficients[network * all + at] != 0.f;
