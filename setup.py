@@ -191,7 +191,7 @@ def cuda_rules(torch: Path, work: Path) -> str:
 
 
 class AbiWheel(bdist_wheel):
-    """One wheel for every CPython from 3.10 on: the libraries use no Python symbol at all."""
+    """One wheel for every CPython from 3.10 on: the libraries need no Python symbol (see csrc/tensor.h)."""
 
     def finalize_options(self) -> None:
         self.py_limited_api = "cp310"
