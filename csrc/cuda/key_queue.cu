@@ -11,15 +11,14 @@
 #include <algorithm>
 
 #include "cuda/key_queue.h"
-#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
 
 namespace perfvl::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kDepth = 4;                     // vectors in flight per thread
-constexpr int64_t kBlocks = 2048;             // fill the largest GPU; each counts the whole mask
-constexpr unsigned kEverybody = 0xffffffffu;  // all lanes of a warp
+constexpr int kDepth = 4;          // vectors in flight per thread
+constexpr int64_t kBlocks = 2048;  // fill the largest GPU; each counts the whole mask
 constexpr unsigned long long kTicket = 1ull << 48;
 
 struct Batch {
@@ -34,26 +33,6 @@ struct Plan {
 };
 
 __device__ bool is_kept(const RingWrite& w, int64_t row) { return !w.mask || w.mask[row * w.mask_stride]; }
-
-template <class T>
-__device__ T warp_sum(T x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kEverybody, x, step);
-  return x;
-}
-
-// The sum over the threads of the block; all must call. In a fixed order.
-template <class T>
-__device__ T block_sum(T x) {
-  __shared__ T sums[kWarps];
-  unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
-  x = warp_sum(x);
-  __syncthreads();  // of a sum before this one, everybody has read
-  if (thread % 32 == 0) sums[thread / 32] = x;
-  __syncthreads();
-  x = sums[0];
-  for (int i = 1; i < kWarps; ++i) x += sums[i];
-  return x;
-}
 
 // x modulo size, without dividing where x is in range already.
 __device__ int64_t wrapped(int64_t x, int64_t size) {
@@ -108,7 +87,7 @@ __device__ float inverse_norm(const Key* row, int64_t step, int64_t pieces) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) total = fmaf(to_float(values.values[i]), to_float(values.values[i]), total);
   }
-  float length = sqrtf(blockDim.x == 32 ? warp_sum(total) : block_sum(total));
+  float length = sqrtf(blockDim.x == 32 ? warp_sum(total) : block_sum(total, threadIdx.x, kWarps));
   return 1.f / (length < 1e-12f ? 1e-12f : length);
 }
 
@@ -154,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 6) key_queue_kernel(const __grid_con
       bool keep = is_kept(w, row);
       kept += keep, before += keep && row < begin;
     }
-    before = block_sum(before), kept = block_sum(kept);
+    before = block_sum(before, thread, kWarps), kept = block_sum(kept, thread, kWarps);
   }
   // 2. Where they go.
   __shared__ Plan plan;

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
 #include "small_loss.h"
 
 namespace perfvl::cuda {
@@ -16,8 +16,7 @@ namespace {
 constexpr int64_t kOneBlock = 2048;  // rows
 constexpr int kDigits = 256, kPasses = 4;
 constexpr int kTileThreads = 256;
-constexpr int64_t kTiles = 1024;              // per group at most: two for each block that the largest GPU holds
-constexpr unsigned kEverybody = 0xffffffffu;  // all lanes of a warp
+constexpr int64_t kTiles = 1024;  // per group at most: two for each block that the largest GPU holds
 
 // The rows below `key`, and the first `ties` rows of this key.
 struct Border {
@@ -56,25 +55,6 @@ __device__ inline double number(const Scalars& s, int64_t group) {
 __device__ inline int64_t share_of(double rate, int64_t count) {
   double kept = rate * double(count);
   return kept >= double(count) ? count : kept >= 1.0 ? int64_t(kept) : 0;
-}
-
-template <class T>
-__device__ T warp_sum(T x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kEverybody, x, step);
-  return x;
-}
-
-// The sum over the threads of the block; all must call. In a fixed order.
-template <class T>
-__device__ T block_sum(T x) {
-  __shared__ T sums[32];
-  x = warp_sum(x);
-  __syncthreads();  // of a sum before this one, everybody has read
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = sums[0];
-  for (unsigned i = 1; i < blockDim.x / 32; ++i) x += sums[i];
-  return x;
 }
 
 // Whether this block is the last of its row of the grid to come here, and so sees what all of them wrote. All threads
