@@ -15,6 +15,7 @@ MODULES = {
     "key_queue": ("key_queue",),
     "brivl_step": ("brivl_step",),
     "small_loss": ("small_loss", "small_loss_steps"),
+    "separable_conv": ("separable_conv", "xception_step"),
     "moco_digits": ("moco_digits",),
 }
 

@@ -22,11 +22,6 @@ inline Scalars scalars(double value, const std::optional<Tensor>& tensor) {
           tensor->scalar_type() == ScalarType::Double};
 }
 
-inline std::vector<int64_t> sizes_of(const Tensor& t) {
-  auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
 inline const int64_t* integers(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
 
 // Losses are [groups, rows] or [rows].

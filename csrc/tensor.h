@@ -83,6 +83,11 @@ inline int32_t shim_dtype(Dtype dtype) {
   }
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 // A dense, uninitialised tensor. `dtype` and `device_type` are the shim's numbers.
 inline Tensor empty_dense(const std::vector<int64_t>& sizes, int32_t dtype,
                           int32_t device_type = aoti_torch_device_type_cpu(), int32_t device = 0) {

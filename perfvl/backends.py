@@ -18,6 +18,7 @@ OPS: dict[str, Literal["triton", "native"]] = {
     "momentum_update_": "native",
     "enqueue_": "native",
     "small_loss": "native",
+    "separable_conv2d": "native",
 }
 _PACKAGE = Path(__file__).parent
 _forced = "auto"

@@ -3,6 +3,7 @@
 from perfvl.ops.info_nce import InfoNCEOutput, info_nce, info_nce_stats
 from perfvl.ops.key_queue import enqueue_
 from perfvl.ops.momentum_update import momentum_update_
+from perfvl.ops.separable_conv import separable_conv2d
 from perfvl.ops.small_loss import (
     TwinLoss,
     co_teaching_loss,
@@ -23,5 +24,6 @@ __all__ = [
     "info_nce_stats",
     "jocor_loss",
     "momentum_update_",
+    "separable_conv2d",
     "small_loss_mask",
 ]

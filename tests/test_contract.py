@@ -193,7 +193,7 @@ def test_upstream_gradients_of_any_layout(op, differentiable_op, device, kind):
             "broadcast": lambda: torch.tensor([0.7], device=device).expand(n),
             "sliced": lambda: torch.randn(2 * n, device=device)[::2],
             "transposed": lambda: torch.randn(n, 3, device=device).T[1],
-        }[kind]()
+        }[kind]().reshape(output.shape)
 
     outputs = [o for o in outputs_of(op.function(**fresh(inputs))) if o.requires_grad]
     ups = [upstream(o) for o in outputs]

@@ -40,6 +40,8 @@ CUDA_OPS = [
     "perfvl::small_loss_mask",
     "perfvl::twin_loss",
     "perfvl::twin_loss_backward",
+    "perfvl::depthwise_conv",
+    "perfvl::depthwise_conv_backward",
 ]
 
 

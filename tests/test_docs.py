@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import perfvl.nn
-from perfvl.ops import info_nce, key_queue, momentum_update, small_loss
+from perfvl.ops import info_nce, key_queue, momentum_update, separable_conv, small_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,10 +31,12 @@ def test_readme_code_runs():
         info_nce,
         key_queue,
         momentum_update,
+        separable_conv,
         small_loss,
         perfvl.nn.info_nce,
         perfvl.nn.key_queue,
         perfvl.nn.momentum_update,
+        perfvl.nn.separable_conv,
         perfvl.nn.small_loss,
     ],
     ids=lambda m: m.__name__,

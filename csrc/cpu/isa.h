@@ -11,6 +11,7 @@
 #include "cpu/info_nce.h"
 #include "cpu/key_queue.h"
 #include "cpu/momentum_update.h"
+#include "cpu/separable_conv.h"
 #include "cpu/small_loss.h"
 
 namespace perfvl {
@@ -21,6 +22,7 @@ struct Level {
   const InfoNceKernel* info_nce;
   const MomentumKernel* momentum_update;
   const RingKernel* key_queue;
+  const SeparableConvKernel* separable_conv;
   const SmallLossKernel* small_loss;
 };
 
@@ -46,15 +48,22 @@ inline bool has_amx() {
 #endif
 inline bool has_baseline() { return true; }
 
-#define PVL_DECLARE(level)                     \
-  namespace level {                            \
-  extern const InfoNceKernel info_nce;         \
-  extern const MomentumKernel momentum_update; \
-  extern const RingKernel key_queue;           \
-  extern const SmallLossKernel small_loss;     \
+#define PVL_DECLARE(level)                         \
+  namespace level {                                \
+  extern const InfoNceKernel info_nce;             \
+  extern const MomentumKernel momentum_update;     \
+  extern const RingKernel key_queue;               \
+  extern const SeparableConvKernel separable_conv; \
+  extern const SmallLossKernel small_loss;         \
   }
-#define PVL_LEVEL(level) \
-  {#level, has_##level, &level::info_nce, &level::momentum_update, &level::key_queue, &level::small_loss},
+#define PVL_LEVEL(level)    \
+  {#level,                  \
+   has_##level,             \
+   &level::info_nce,        \
+   &level::momentum_update, \
+   &level::key_queue,       \
+   &level::separable_conv,  \
+   &level::small_loss},
 
 #if defined(PVL_HAVE_amx)
 PVL_DECLARE(amx)

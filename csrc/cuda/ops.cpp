@@ -12,9 +12,11 @@
 #include "cuda/key_queue.h"
 #include "cuda/momentum_update.h"
 #include "cuda/scale_rows.h"
+#include "cuda/separable_conv.h"
 #include "cuda/small_loss.h"
 #include "momentum_pairs.h"
 #include "ring_write.h"
+#include "separable_conv_tensors.h"
 #include "small_loss_tensors.h"
 #include "tensor.h"
 
@@ -107,6 +109,79 @@ std::tuple<Tensor, Tensor> twin_loss_backward(std::optional<Tensor> upstream1, s
   return {grad1, grad2};
 }
 
+cuda::DepthwiseConv depthwise_arguments(const Tensor& input, const std::optional<Tensor>& scale,
+                                        const std::optional<Tensor>& shift, const Tensor& weight,
+                                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                        const std::vector<int64_t>& dilation, int64_t pre_activation) {
+  STD_TORCH_CHECK(input.numel() > 0, "perfvl: depthwise_conv of an empty input");
+  cuda::DepthwiseConv conv{};
+  conv.input = image(input), conv.weight = image(weight);
+  conv.batch = input.size(0), conv.channels = input.size(1), conv.outputs = weight.size(0);
+  conv.multiplier = conv.outputs / conv.channels;
+  conv.h = side(input, weight, 0, stride, padding, dilation),
+  conv.w = side(input, weight, 1, stride, padding, dilation);
+  conv.scale = floats_of(scale), conv.shift = floats_of(shift);
+  conv.pre = Activation(pre_activation);
+  return conv;
+}
+
+Tensor empty_float(int64_t count, int32_t device) {
+  return empty_dense({count}, aoti_torch_dtype_float32(), aoti_torch_device_type_cuda(), device);
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv(const Tensor& input, std::optional<Tensor> scale,
+                                                  std::optional<Tensor> shift, const Tensor& weight,
+                                                  std::optional<Tensor> bias, std::vector<int64_t> stride,
+                                                  std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                                  int64_t pre_activation, int64_t activation, bool statistics) {
+  int32_t device = input.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  cuda::DepthwiseConv conv =
+      depthwise_arguments(input, scale, shift, weight, stride, padding, dilation, pre_activation);
+  if (bias) conv.bias = bias->const_data_ptr(), conv.bias_stride = bias->stride(0);
+  conv.post = Activation(activation);
+  Tensor output =
+      empty_image(input, conv.batch, conv.outputs, conv.h.out, conv.w.out, aoti_torch_device_type_cuda(), device);
+  conv.output = image(output);
+  Tensor mean = empty_float(statistics ? conv.outputs : 0, device);
+  Tensor variance = empty_float(statistics ? conv.outputs : 0, device);
+  if (statistics) {
+    conv.mean = static_cast<float*>(mean.mutable_data_ptr());
+    conv.variance = static_cast<float*>(variance.mutable_data_ptr());
+  }
+  Tensor scratch = scratch_of(cuda::depthwise_conv_scratch_bytes(conv), device);
+  STD_CUDA_CHECK(cudaError_t(cuda::depthwise_conv(conv, scratch.mutable_data_ptr(), current_stream(device))));
+  return {output, mean, variance};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_backward(
+    const Tensor& grad_output, const Tensor& input, std::optional<Tensor> scale, std::optional<Tensor> shift,
+    const Tensor& weight, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+    int64_t pre_activation, bool need_input, bool need_affine, bool need_weight) {
+  int32_t device = input.get_device_index(), dtype = shim_dtype(dtype_of(input.scalar_type()));
+  torch::stable::accelerator::DeviceGuard guard(device);
+  cuda::DepthwiseConvBackward b{};
+  b.forward = depthwise_arguments(input, scale, shift, weight, stride, padding, dilation, pre_activation);
+  b.grad_output = image(grad_output);
+  const cuda::DepthwiseConv& conv = b.forward;
+  Tensor none = empty_dense({0}, dtype, aoti_torch_device_type_cuda(), device);
+  Tensor grad_input = need_input ? empty_image(input, conv.batch, conv.channels, conv.h.in, conv.w.in,
+                                               aoti_torch_device_type_cuda(), device)
+                                 : none;
+  Tensor grad_weight = need_weight ? empty_dense(sizes_of(weight), dtype, aoti_torch_device_type_cuda(), device) : none;
+  Tensor grad_scale = empty_float(need_affine ? conv.channels : 0, device);
+  Tensor grad_shift = empty_float(need_affine ? conv.channels : 0, device);
+  if (need_input) b.grad_input = image(grad_input);
+  if (need_affine) {
+    b.grad_scale = static_cast<float*>(grad_scale.mutable_data_ptr());
+    b.grad_shift = static_cast<float*>(grad_shift.mutable_data_ptr());
+  }
+  if (need_weight) b.grad_weight = grad_weight.mutable_data_ptr();
+  Tensor scratch = scratch_of(cuda::depthwise_conv_backward_scratch_bytes(b), device);
+  STD_CUDA_CHECK(cudaError_t(cuda::depthwise_conv_backward(b, scratch.mutable_data_ptr(), current_stream(device))));
+  return {grad_input, grad_scale, grad_shift, grad_weight};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(perfvl, CUDA, m) {
@@ -116,6 +191,8 @@ STABLE_TORCH_LIBRARY_IMPL(perfvl, CUDA, m) {
   m.impl("small_loss_mask", TORCH_BOX(&small_loss_mask));
   m.impl("twin_loss", TORCH_BOX(&twin_loss));
   m.impl("twin_loss_backward", TORCH_BOX(&twin_loss_backward));
+  m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
+  m.impl("depthwise_conv_backward", TORCH_BOX(&depthwise_conv_backward));
 }
 
 }  // namespace perfvl

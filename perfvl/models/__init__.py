@@ -5,6 +5,7 @@ from perfvl.models.brivl import BriVL, BriVLOutput, Retrieval, retrieve, similar
 from perfvl.models.brivl_checkpoint import load_released_state_dict, released_state_dict
 from perfvl.models.brivl_presets import TokenFeatures, brivl_paper, brivl_released, brivl_small
 from perfvl.models.brivl_towers import BriVLImageTower, BriVLTextTower
+from perfvl.models.xception import Xception, xception
 
 __all__ = [
     "BriVL",
@@ -13,6 +14,7 @@ __all__ = [
     "BriVLTextTower",
     "Retrieval",
     "TokenFeatures",
+    "Xception",
     "brivl_paper",
     "brivl_released",
     "brivl_small",
@@ -21,4 +23,5 @@ __all__ = [
     "released_state_dict",
     "retrieve",
     "similarity",
+    "xception",
 ]

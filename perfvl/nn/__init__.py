@@ -6,6 +6,7 @@ from perfvl.nn.key_queue_ddp import prepare_queues
 from perfvl.nn.key_queue_formats import dump_queues, load_queues
 from perfvl.nn.momentum_update import MomentumEncoder
 from perfvl.nn.roi_pooling import RoIGridPool
+from perfvl.nn.separable_conv import SeparableConv2d, SeparableConvBNAct2d
 from perfvl.nn.small_loss import CoTeachingLoss, CoTeachingPlusLoss, DecouplingLoss, JoCoRLoss
 from perfvl.nn.twin_step import TwinStep
 
@@ -19,6 +20,8 @@ __all__ = [
     "KeyQueue",
     "MomentumEncoder",
     "RoIGridPool",
+    "SeparableConv2d",
+    "SeparableConvBNAct2d",
     "TwinStep",
     "dump_queues",
     "load_queues",

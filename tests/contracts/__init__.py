@@ -3,6 +3,7 @@
 from contracts.info_nce import INFO_NCE, INFO_NCE_STATS
 from contracts.key_queue import ENQUEUE
 from contracts.momentum_update import MOMENTUM_UPDATE
+from contracts.separable_conv import SEPARABLE_CONV
 from contracts.small_loss import CO_TEACHING, CO_TEACHING_PLUS, DECOUPLING, JOCOR, SMALL_LOSS_MASK
 
 CONTRACTS = [
@@ -15,4 +16,5 @@ CONTRACTS = [
     CO_TEACHING,
     CO_TEACHING_PLUS,
     JOCOR,
+    SEPARABLE_CONV,
 ]

@@ -1,6 +1,7 @@
 // The CPU kernels of every ISA level on numpy arrays, with a host that is as plain as can be.
 #include <thread>
 
+#include "convolution.h"
 #include "cpu/isa.h"
 #include "in_place.h"
 #include "selection.h"
@@ -145,6 +146,71 @@ py::tuple twin_loss_backward(const std::string& level, int64_t threads, bool rev
                              });
 }
 
+py::tuple separable_conv(const std::string& level, int64_t threads, bool reverse, const py::array& input,
+                         const py::array& depthwise, const py::array& pointwise, std::array<int64_t, 2> stride,
+                         std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation,
+                         std::array<int, 3> activations, const std::array<Optional, 6>& affine,
+                         const Optional& residual, bool statistics, bool channels_last) {
+  const SeparableConvKernel& kernel = *level_named(level).separable_conv;
+  Inputs inputs;
+  SeparableConv conv =
+      problem(inputs, input, affine[0], affine[1], depthwise, pointwise, {stride, padding, dilation}, activations[0]);
+  conv.mid_scale = floats(inputs, affine[2]), conv.mid_shift = floats(inputs, affine[3]);
+  conv.output_scale = floats(inputs, affine[4]), conv.output_shift = floats(inputs, affine[5]);
+  conv.mid = Activation(activations[1]), conv.post = Activation(activations[2]);
+  if (residual) conv.residual = image(inputs.add(*residual), *residual);
+  Written output({conv.batch, conv.outputs, conv.h.out, conv.w.out}, dtype_of(input.dtype()), channels_last);
+  conv.output = output.image();
+  int64_t counted = statistics ? conv.outputs : 0;
+  Guarded mean(4 * counted), variance(4 * counted);
+  if (statistics) conv.mean = mean.data<float>(), conv.variance = variance.data<float>();
+  Host services = host(threads, reverse);
+  with_scratch(kernel.scratch_bytes(conv, services), [&](void* scratch) { kernel.run(conv, scratch, services); });
+  auto floats32 = py::dtype::of<float>();
+  return py::make_tuple(output.array("output"), mean.array(floats32, {counted}, "mean"),
+                        variance.array(floats32, {counted}, "variance"));
+}
+
+py::dict separable_conv_backward(const std::string& level, int64_t threads, bool reverse, const py::array& grad_output,
+                                 const py::array& input, const py::array& depthwise, const py::array& pointwise,
+                                 std::array<int64_t, 2> stride, std::array<int64_t, 4> padding,
+                                 std::array<int64_t, 2> dilation, int pre, const std::array<Optional, 2>& affine,
+                                 const Optional& output, const std::array<Optional, 2>& line,
+                                 std::array<bool, 5> needed, bool channels_last) {
+  const SeparableConvKernel& kernel = *level_named(level).separable_conv;
+  Inputs inputs;
+  SeparableConvBackward b{};
+  b.forward = problem(inputs, input, affine[0], affine[1], depthwise, pointwise, {stride, padding, dilation}, pre);
+  if (output) b.forward.output = image(inputs.add(*output), *output);
+  b.grad_output = image(inputs.add(grad_output), grad_output);
+  b.slope = floats(inputs, line[0]), b.offset = floats(inputs, line[1]);
+  auto shape = [](const py::array& a) {
+    return std::array<int64_t, 4>{a.shape(0), a.shape(1), a.shape(2), a.shape(3)};
+  };
+  Dtype dtype = dtype_of(input.dtype());
+  Written grad_input(shape(input), dtype, channels_last, needed[0]);
+  Written grad_depthwise(shape(depthwise), dtype, false, needed[2]);
+  Written grad_pointwise(shape(pointwise), dtype, false, needed[3]);
+  int64_t channels = needed[1] ? b.forward.channels : 0, outputs = needed[4] ? b.forward.outputs : 0;
+  Guarded scale(4 * channels), shift(4 * channels), bias(4 * outputs);
+  b.grad_input = grad_input.image(), b.grad_depthwise = grad_depthwise.image();
+  b.grad_pointwise = grad_pointwise.image();
+  if (needed[1]) b.grad_scale = scale.data<float>(), b.grad_shift = shift.data<float>();
+  if (needed[4]) b.grad_bias = bias.data<float>();
+  Host services = host(threads, reverse);
+  with_scratch(kernel.backward_scratch_bytes(b, services),
+               [&](void* scratch) { kernel.backward(b, scratch, services); });
+  py::dict found;
+  auto floats32 = py::dtype::of<float>();
+  found["input"] = grad_input.array("input");
+  found["scale"] = scale.array(floats32, {channels}, "scale");
+  found["shift"] = shift.array(floats32, {channels}, "shift");
+  found["depthwise"] = grad_depthwise.array("depthwise");
+  found["pointwise"] = grad_pointwise.array("pointwise");
+  found["bias"] = bias.array(floats32, {outputs}, "bias");
+  return found;
+}
+
 std::vector<std::string> levels() {
   std::vector<std::string> names;
   for (const Level* level = levels_begin(); level->name; ++level)
@@ -179,6 +245,8 @@ PYBIND11_MODULE(native_cpu, m) {
         py::arg("cursor"), py::arg("keys"), py::kw_only(), py::arg("valid") = py::none(), py::arg("mask") = py::none(),
         py::arg("payload_rings") = Arrays(), py::arg("payloads") = Arrays(), py::arg("normalize") = false,
         py::arg("drop_tail") = false, py::arg("ring_offset") = -1, py::arg("key_offset") = -1);
+  m.def("separable_conv", separable_conv);
+  m.def("separable_conv_backward", separable_conv_backward);
   m.def("small_loss_mask", small_loss_mask, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("losses"),
         py::arg("keep_rate"), py::kw_only(), py::arg("keep_rates") = py::none(), py::arg("candidates") = py::none());
   m.def("twin_loss", twin_loss, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("logits1"),

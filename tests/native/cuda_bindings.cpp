@@ -4,6 +4,7 @@
 #include "cuda/scale_rows.h"
 #include "cuda/small_loss.h"
 #include "cuda_emulator.h"
+#include "depthwise.h"
 #include "emulator_kernels.h"
 #include "in_place.h"
 #include "selection.h"
@@ -12,10 +13,6 @@ namespace {
 
 using namespace native_tests;
 namespace ek = emulator_kernels;
-
-void expect_success(int error) {
-  if (error) throw std::runtime_error("cudaError " + std::to_string(error));
-}
 
 py::array scale_rows(const py::array& rows, const py::array& scale, const py::dtype& dtype, int64_t row_shift,
                      int64_t scale_shift) {
@@ -119,6 +116,15 @@ PYBIND11_MODULE(native_cuda, m) {
   m.def("twin_loss_backward", twin_loss_backward, py::arg("logits1"), py::arg("logits2"), py::arg("labels"),
         py::arg("coefficients"), py::arg("stats"), py::arg("upstream1"), py::arg("upstream2"), py::arg("needed"),
         py::arg("method"), py::arg("released"), py::arg("parameter"));
+
+  m.def("depthwise_conv", depthwise_conv, py::arg("input"), py::arg("weight"), py::kw_only(),
+        py::arg("scale") = py::none(), py::arg("shift") = py::none(), py::arg("bias") = py::none(), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("pre") = 0, py::arg("post") = 0,
+        py::arg("statistics") = false);
+  m.def("depthwise_conv_backward", depthwise_conv_backward, py::arg("grad_output"), py::arg("input"), py::arg("weight"),
+        py::kw_only(), py::arg("scale") = py::none(), py::arg("shift") = py::none(), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("pre") = 0,
+        py::arg("needed") = std::array<bool, 3>{true, true, true});
 
   m.def("block_sums", [](const Floats& in, int blocks, int threads) {
     return map_floats(in, blocks, [=](const float* from, int64_t n, float* out) {

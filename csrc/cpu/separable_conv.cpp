@@ -1,0 +1,304 @@
+// Depthwise and pointwise convolution of a band of rows at a time. The depthwise result of a band, some hundred
+// kilobytes, is the left operand of the product while it is in the core's own cache: it never reaches memory.
+// Cost: 2 P C m (O + kh kw) FLOP for P output pixels, of which the product's 2 P C m O run at nearly the processor's
+// peak; input and output move once, the pointwise weights once per band.
+#include "cpu/separable_conv.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/separable_conv_backward.h"
+#include "cpu/separable_conv_plan.h"
+
+namespace perfvl {
+namespace PVL_ISA {
+namespace {
+
+// Mean and sum of squared distances, for every output channel (Chan et al. 1979): of a band in float32, as distances
+// from its first pixel, of all bands before it in float64, so that neither a long sum nor a large mean loses digits.
+struct Statistics {
+  float *first, *mean, *squares;
+  double *total_mean, *total_squares;
+  int64_t pixels;
+};
+
+// (mean, squares) of `before` values, joined with those of `more` others.
+void join(double before, double& mean, double& squares, double more, double other_mean, double other_squares) {
+  double delta = other_mean - mean, share = more / (before + more);
+  mean += delta * share;
+  squares += other_squares + delta * delta * before * share;
+}
+
+struct ForwardScratch {
+  void* panels;
+  float* weights;  // [tap][inner]
+  Statistics statistics;
+  float* staged;
+  const float** rows;
+  void* left;  // the band's depthwise result
+};
+
+template <class Product>
+int64_t left_stride(const Plan& plan) {
+  return plan.inner / Product::kValues;
+}
+
+template <class Product>
+class Forward {
+ public:
+  Forward(const SeparableConv& conv, const Host& host)
+      : conv_(conv), plan_(make_plan(conv, conv.w.out * staged_channels(conv.inner()))), host_(host) {
+    bands_ = conv.batch * ceil_div(conv.h.out, plan_.band);
+    workers_ = std::min(host.threads, bands_);
+    // Nothing to add, and more than caches near the cores hold.
+    constexpr int64_t kLarge = 4 << 20;
+    const Image& out = conv.output;
+    int64_t bytes = element_bytes(out.dtype);
+    auto words = [&](int64_t elements) { return elements * bytes % 4 == 0; };
+    bool plain = !conv.output_scale && !conv.output_shift && conv.post == Activation::none && !conv.residual.data;
+    streams_ = plain && !conv.mean && out.c_stride == 1 && words(conv.outputs) && words(out.w_stride) &&
+               words(out.h_stride) && words(out.n_stride) && reinterpret_cast<uintptr_t>(out.data) % 4 == 0 &&
+               conv.pixels() * conv.outputs * bytes > kLarge;
+  }
+
+  int64_t scratch_bytes() const {
+    int64_t bytes;
+    scratch(nullptr, workers_ - 1, &bytes);
+    return bytes;
+  }
+
+  void run(void* base) const {
+    PanelShape panels = panel_shape(conv_, true);
+    ForwardScratch shared = scratch(base, 0);
+    auto* packed = static_cast<typename Product::Element*>(shared.panels);
+    host_.parallel(panels.panels(),
+                   [&](int64_t i) { pack_panel<Product>(conv_, true, i, packed + i * panels.panel<Product>()); });
+    pack_depthwise(conv_, plan_.inner, false, shared.weights);
+    std::vector<Statistics> statistics(workers_);
+    host_.parallel(workers_, [&](int64_t worker) {
+      ForwardScratch s = scratch(base, worker);
+      StagedRows staged(conv_, plan_, s.staged, s.rows);
+      for (int64_t i = bands_ * worker / workers_; i < bands_ * (worker + 1) / workers_; ++i) {
+        int64_t per_image = ceil_div(conv_.h.out, plan_.band), first = i % per_image * plan_.band;
+        int64_t count = std::min(plan_.band, conv_.h.out - first);
+        band(i / per_image, first, count, staged, s);
+        if (conv_.mean) total(count * conv_.w.out, s.statistics);
+      }
+      statistics[worker] = s.statistics;
+    });
+    if (conv_.mean) merge(statistics);
+  }
+
+ private:
+  ForwardScratch scratch(void* base, int64_t worker, int64_t* bytes = nullptr) const {
+    Arena arena(base);
+    ForwardScratch s{};
+    PanelShape panels = panel_shape(conv_, true);
+    s.panels = arena.take<typename Product::Element>(panels.panels() * panels.panel<Product>());
+    s.weights = arena.take<float>(conv_.h.kernel * conv_.w.kernel * plan_.inner);
+    int64_t columns = conv_.mean ? panels.panels() * kPanel : 0;
+    for (int64_t i = 0; i <= worker; ++i) {
+      s.statistics.first = arena.take<float>(columns);
+      s.statistics.mean = arena.take<float>(columns);
+      s.statistics.squares = arena.take<float>(columns);
+      s.statistics.total_mean = arena.take<double>(columns);
+      s.statistics.total_squares = arena.take<double>(columns);
+      s.staged = arena.take<float>(plan_.staged_rows * plan_.staged_width * plan_.inner);
+      s.rows = arena.take<const float*>(plan_.band * conv_.h.kernel);
+      s.left = arena.take<typename Product::Element>(plan_.band * conv_.w.out * left_stride<Product>(plan_));
+    }
+    if (bytes) *bytes = arena.used();
+    return s;
+  }
+
+  void band(int64_t n, int64_t first, int64_t count, StagedRows& staged, const ForwardScratch& s) const {
+    // 1. The input rows, with everything that comes before the convolution.
+    Taps taps{staged(n, first, count),
+              count,
+              conv_.w.out,
+              conv_.h.kernel,
+              conv_.w.kernel,
+              conv_.w.stride,
+              conv_.w.dilation,
+              ceil_div(conv_.inner(), kLanes),
+              plan_.inner};
+    // 2. The depthwise convolution, rounded as if it were stored, as operand A.
+    Pointwise between{conv_.mid_scale, conv_.mid_shift, conv_.mid};
+    bool plain = !between.scale && !between.shift && between.activation == Activation::none;
+    auto finished = [&](Vec x, int64_t c) {
+      return plain ? x : between(x, c, std::min<int64_t>(kLanes, conv_.inner() - c));
+    };
+    typedef typename Product::Element Element;
+    auto* left = static_cast<Element*>(s.left);
+    int64_t stride = left_stride<Product>(plan_);
+    if constexpr (Product::kValues == 1) {
+      Dtype dtype = conv_.input.dtype;
+      depthwise(taps, s.weights, [&](int64_t pixel, int64_t c, Vec x) {
+        store(left + pixel * stride + c, rounded(dtype, finished(x, c)));
+      });
+    } else {
+      depthwise(taps, s.weights, [&](int64_t pixel, int64_t c, Vec x) {
+        store(left + pixel * stride + c / 2, narrow(Dtype::bfloat16, finished(x, c)));
+      });
+    }
+    // 3. The product, finished and stored tile by tile.
+    PanelShape panels = panel_shape(conv_, true);
+    Left<Product> a{left, stride, 1};
+    Right<Product> b{static_cast<const Element*>(s.panels), panels.panel<Product>(), kPanel};
+    multiply(a, b, count * conv_.w.out, conv_.outputs, panels.steps<Product>(),
+             [&](TileRows rows, int64_t column, int64_t columns, float* tile) {
+               if (streams_) {
+                 stream_tile(Pixel(conv_.output, n, column, first, rows.first, conv_.w.out), rows, columns, tile);
+               } else {
+                 finish(n, first, rows, column, columns, tile, s.statistics);
+               }
+             });
+    if (streams_) stream_fence();
+  }
+
+  // A tile that is the output as it is; whole cache lines go past the caches, so that they need not be fetched to be
+  // overwritten.
+  void stream_tile(Pixel pixel, TileRows rows, int64_t columns, const float* tile) const {
+    for (int64_t r = 0; r < rows.count; ++r, pixel.next(), tile += kPanel) {
+      if (conv_.output.dtype == Dtype::float32) {
+        stream_words(pixel.at, tile, columns);
+      } else {
+        HalfVec halves[2];
+        for (int v = 0; v < 2; ++v) halves[v] = narrow(conv_.output.dtype, load<Vec>(tile + v * kLanes));
+        stream_words(pixel.at, reinterpret_cast<const float*>(halves), columns / 2);
+      }
+    }
+  }
+
+  // `count` words of four bytes: up to the first whole line, the whole lines, and what is left.
+  static void stream_words(char* to, const float* from, int64_t count) {
+    constexpr int64_t kLine = 16;
+    auto* out = reinterpret_cast<float*>(to);
+    int64_t head = std::min<int64_t>(-(reinterpret_cast<uintptr_t>(to) / 4) % kLine, count), at = 0;
+    auto copy = [&](int64_t end) {
+      for (; at < end; at += kLanes)
+        write_lanes(Dtype::float32, out + at, load<Vec>(from + at), std::min<int64_t>(kLanes, end - at));
+      at = end;
+    };
+    copy(head);
+    for (; at + kLine <= count; at += kLine)
+      for (int64_t i = 0; i < kLine; i += kLanes) stream(out + at + i, load<Vec>(from + at + i));
+    copy(count);
+  }
+
+  void finish(int64_t n, int64_t first, TileRows rows, int64_t column, int64_t columns, float* tile,
+              const Statistics& statistics) const {
+    Pointwise after{conv_.output_scale, conv_.output_shift, conv_.post};
+    const Image &out = conv_.output, &residual = conv_.residual;
+    int64_t bytes = element_bytes(out.dtype);
+    // Stores through `char*` might change anything that is not a local variable.
+    const bool dense = out.c_stride == 1, keep = !dense || conv_.mean, add = residual.data;
+    const Dtype dtype = out.dtype;
+    char* to[kTileRows];
+    Pixel pixel(out, n, column, first, rows.first, conv_.w.out);
+    Pixel addend(residual, n, column, first, rows.first, conv_.w.out);
+    for (int64_t r = 0; r < rows.count; ++r, pixel.next(), addend.next()) {
+      to[r] = pixel.at;
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        int64_t lanes = std::min<int64_t>(kLanes, columns - c);
+        Vec x = after(load<Vec>(tile + r * kPanel + c), column + c, lanes);
+        if (add) x += read_channels(residual, addend.at, c, lanes);
+        if (dense) write_lanes(dtype, pixel.at + c * bytes, x, lanes);
+        if (keep) store(tile + r * kPanel + c, rounded(dtype, x));
+      }
+    }
+    if (out.c_stride != 1)
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t r = 0; r < rows.count; ++r)
+          write(out.dtype, to[r] + c * out.c_stride * bytes, tile[r * kPanel + c]);
+    if (conv_.mean) count(rows, column, columns, tile, statistics);
+  }
+
+  // Adds the rows of a tile to the statistics of its columns in this band.
+  static void count(TileRows rows, int64_t column, int64_t columns, const float* tile, const Statistics& s) {
+    float share = float(rows.count) / float(rows.first + rows.count), weight = share * float(rows.first);
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      if (rows.first == 0) store(s.first + column + c, load<Vec>(tile + c));
+      Vec first = load<Vec>(s.first + column + c), total{}, squares{};
+      for (int64_t r = 0; r < rows.count; ++r) total += load<Vec>(tile + r * kPanel + c) - first;
+      Vec mean = total * (1.f / float(rows.count));
+      for (int64_t r = 0; r < rows.count; ++r) {
+        Vec distance = (load<Vec>(tile + r * kPanel + c) - first) - mean;
+        squares = fma(distance, distance, squares);
+      }
+      float *known = s.mean + column + c, *known_squares = s.squares + column + c;
+      if (rows.first > 0) {
+        Vec delta = mean - load<Vec>(known);
+        mean = fma(delta, broadcast(share), load<Vec>(known));
+        squares = fma(delta * delta, broadcast(weight), squares + load<Vec>(known_squares));
+      }
+      store(known, mean);
+      store(known_squares, squares);
+    }
+  }
+
+  // Adds the band to the statistics of the worker's bands before it.
+  void total(int64_t pixels, Statistics& s) const {
+    for (int64_t c = 0; c < conv_.outputs; ++c) {
+      if (s.pixels == 0) s.total_mean[c] = s.total_squares[c] = 0;
+      join(double(s.pixels), s.total_mean[c], s.total_squares[c], double(pixels), double(s.first[c]) + s.mean[c],
+           s.squares[c]);
+    }
+    s.pixels += pixels;
+  }
+
+  // The workers' statistics, in their order.
+  void merge(const std::vector<Statistics>& parts) const {
+    for (int64_t c = 0; c < conv_.outputs; ++c) {
+      double pixels = 0, mean = 0, squares = 0;
+      for (const Statistics& s : parts) {
+        join(pixels, mean, squares, double(s.pixels), s.total_mean[c], s.total_squares[c]);
+        pixels += double(s.pixels);
+      }
+      conv_.mean[c] = float(mean), conv_.variance[c] = float(squares / pixels);
+    }
+  }
+
+  const SeparableConv& conv_;
+  Plan plan_;
+  const Host& host_;
+  int64_t bands_, workers_;
+  bool streams_;
+};
+
+// f(Product) for what multiplies the operands of this dtype best.
+template <class F>
+auto with_product(Dtype dtype, const F& f) {
+#if defined(__AVX512BF16__)
+  if (dtype == Dtype::bfloat16) return f(Pairs{});
+#endif
+  (void)dtype;
+  return f(Floats{});
+}
+
+int64_t scratch_bytes(const SeparableConv& conv, const Host& host) {
+  return with_product(conv.input.dtype,
+                      [&](auto product) { return Forward<decltype(product)>(conv, host).scratch_bytes(); });
+}
+
+void run(const SeparableConv& conv, void* scratch, const Host& host) {
+  with_product(conv.input.dtype, [&](auto product) { Forward<decltype(product)>(conv, host).run(scratch); });
+}
+
+int64_t backward_scratch_bytes(const SeparableConvBackward& backward, const Host& host) {
+  return with_product(backward.forward.input.dtype,
+                      [&](auto product) { return Backward<decltype(product)>(backward, host).scratch_bytes(); });
+}
+
+void run_backward(const SeparableConvBackward& backward, void* scratch, const Host& host) {
+  with_product(backward.forward.input.dtype,
+               [&](auto product) { Backward<decltype(product)>(backward, host).run(scratch); });
+}
+
+}  // namespace
+
+extern const SeparableConvKernel separable_conv;
+const SeparableConvKernel separable_conv = {scratch_bytes, run, backward_scratch_bytes, run_backward};
+
+}  // namespace PVL_ISA
+}  // namespace perfvl
