@@ -16,3 +16,11 @@ def _poisoned_memory():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_for_small_problems(monkeypatch):
+    """Where oneDNN is faster than separable_conv's kernels it runs: of every small problem, tests would test oneDNN."""
+    from perfvl.ops import separable_conv
+
+    monkeypatch.setattr(separable_conv, "_is_faster", lambda *_: True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import perfvl.functional as pf
 from perfvl import backends
+from perfvl.ops import separable_conv
 from perfvl.ops.separable_conv import Affine, check_layer, run_with_statistics
 
 HAS_KERNELS = not backends.CPU_MISSING
@@ -339,3 +340,33 @@ def test_an_image_without_a_batch_takes_a_residual_without_one():
     residual = torch.randn(4, 7, 5)
     with_batch = pf.separable_conv2d(x[None], *weights, padding=1, residual=residual[None])
     assert torch.equal(pf.separable_conv2d(x, *weights, padding=1, residual=residual), with_batch[0])
+
+
+class TestTheChoiceOfBackend:
+    """By shape, dtype and layout alone; where oneDNN was measured to be faster, it runs."""
+
+    faster = staticmethod(separable_conv._is_faster)  # before the tests' fixture takes its place
+
+    def chosen(self, channels, outputs, size, dtype=torch.float32, layout=torch.channels_last, learns=False):
+        x = torch.empty(2, channels, size, size, dtype=dtype, memory_format=layout)
+        w, p = (torch.empty(s, dtype=dtype) for s in ((channels, 1, 3, 3), (outputs, channels, 1, 1)))
+        layer = separable_conv.check_layer("test", x, w, p, None, 1, 1, 1, "none", "none")
+        return self.faster(x, p, layer, learns)
+
+    def test_float32_channels_last_runs_the_kernel_but_in_the_smallest_problems(self):
+        assert self.chosen(64, 128, 147)
+        assert self.chosen(1536, 2048, 10)
+        assert not self.chosen(32, 16, 112)
+        assert not self.chosen(960, 160, 7)
+        assert self.chosen(960, 160, 7, learns=True)
+
+    def test_wide_nchw_layers_stay_with_torch(self):
+        assert self.chosen(128, 256, 74, layout=torch.contiguous_format)
+        assert not self.chosen(728, 728, 19, layout=torch.contiguous_format)
+
+    def test_bfloat16_runs_the_kernel_in_wide_layers_and_float16_always(self):
+        assert self.chosen(728, 728, 19, torch.bfloat16)
+        assert not self.chosen(256, 256, 74, torch.bfloat16)
+        assert self.chosen(256, 256, 74, torch.bfloat16, learns=True)
+        assert not self.chosen(728, 728, 19, torch.bfloat16, torch.contiguous_format)
+        assert self.chosen(3, 5, 4, torch.float16, torch.contiguous_format)

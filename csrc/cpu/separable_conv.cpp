@@ -56,7 +56,8 @@ class Forward {
     int64_t bytes = element_bytes(out.dtype);
     auto words = [&](int64_t elements) { return elements * bytes % 4 == 0; };
     bool plain = !conv.output_scale && !conv.output_shift && conv.post == Activation::none && !conv.residual.data;
-    streams_ = plain && !conv.mean && out.c_stride == 1 && words(conv.outputs) && words(out.w_stride) &&
+    bool counts = conv.mean && out.dtype != Dtype::float32;  // what is counted has to be rounded first
+    streams_ = plain && !counts && out.c_stride == 1 && words(conv.outputs) && words(out.w_stride) &&
                words(out.h_stride) && words(out.n_stride) && reinterpret_cast<uintptr_t>(out.data) % 4 == 0 &&
                conv.pixels() * conv.outputs * bytes > kLarge;
   }
@@ -149,6 +150,7 @@ class Forward {
              [&](TileRows rows, int64_t column, int64_t columns, float* tile) {
                if (streams_) {
                  stream_tile(Pixel(conv_.output, n, column, first, rows.first, conv_.w.out), rows, columns, tile);
+                 if (conv_.mean) add_statistics(rows, column, columns, tile, s.statistics);
                } else {
                  finish(n, first, rows, column, columns, tile, s.statistics);
                }
@@ -211,11 +213,11 @@ class Forward {
       for (int64_t c = 0; c < columns; ++c)
         for (int64_t r = 0; r < rows.count; ++r)
           write(out.dtype, to[r] + c * out.c_stride * bytes, tile[r * kPanel + c]);
-    if (conv_.mean) count(rows, column, columns, tile, statistics);
+    if (conv_.mean) add_statistics(rows, column, columns, tile, statistics);
   }
 
   // Adds the rows of a tile to the statistics of its columns in this band.
-  static void count(TileRows rows, int64_t column, int64_t columns, const float* tile, const Statistics& s) {
+  static void add_statistics(TileRows rows, int64_t column, int64_t columns, const float* tile, const Statistics& s) {
     float share = float(rows.count) / float(rows.first + rows.count), weight = share * float(rows.first);
     for (int64_t c = 0; c < columns; c += kLanes) {
       if (rows.first == 0) store(s.first + column + c, load<Vec>(tile + c));

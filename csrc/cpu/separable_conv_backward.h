@@ -221,7 +221,7 @@ class Backward {
   }
 
   // An element of a step over pixels: one value, or those of two pixels (`more`: there is a second).
-  static void store_step(const float* from, int64_t stride, bool more, Element* to) {
+  static void store_step(const float* from, [[maybe_unused]] int64_t stride, [[maybe_unused]] bool more, Element* to) {
     if constexpr (kValues == 1) {
       store(to, load<Vec>(from));
     } else {

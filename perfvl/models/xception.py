@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perfvl.nn.fused_blocks import is_touched
+from perfvl.nn.fused_blocks import is_touched, runs_fused
 from perfvl.nn.separable_chain import ChainLayer, run_chain
 from perfvl.nn.separable_conv import SeparableConv2d
 
@@ -268,7 +268,7 @@ class _SeparableConv2d(SeparableConv2d):
 
 def _run(modules: Sequence[nn.Module], input: Tensor, residual: Tensor | None = None) -> Tensor:
     """The modules one after the other, fused if all are what this file made of them and nobody watches."""
-    chain = _read_chain(modules)
+    chain = _read_chain(modules) if runs_fused(input) else None
     if chain is not None:
         layers, activation = chain
         return run_chain(input, layers, activation=activation, residual=residual)

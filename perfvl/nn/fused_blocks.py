@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from perfvl import backends
 from perfvl.nn.separable_chain import run_chain
 from perfvl.nn.separable_conv import running_affine, separable_pair
-from perfvl.ops.separable_conv import Affine, check_layer, run
+from perfvl.ops.separable_conv import Affine, check_layer, has_kernel, run
 from perfvl.reference.activation import ACTIVATIONS
 
 # Names of children, from the module whose plan it is: copies and pickles of a plan fit copies of the module.
@@ -99,7 +99,7 @@ def is_touched(module: nn.Module) -> bool:
 
 def _fits(module: nn.Module, plan: Plan, args: tuple[Any, ...]) -> bool:
     """Whether the plan says what the module's own forward would do to these arguments, now."""
-    if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].dim() != 4 or not _has_kernel(args[0]):
+    if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].dim() != 4 or not runs_fused(args[0]):
         return False
     if not torch.compiler.is_compiling() and _has_any_global_hook():
         return False
@@ -115,11 +115,11 @@ def _fits(module: nn.Module, plan: Plan, args: tuple[Any, ...]) -> bool:
     return not plan.frozen or (_is_frozen(module, plan) and not _learns(module, args[0]))
 
 
-def _has_kernel(input: Tensor) -> bool:
+def runs_fused(input: Tensor) -> bool:
     """Without one the module's own layers are faster than the definition; tests ask for the latter by name."""
     if backends._forced == "reference":
         return True
-    return input.dtype != torch.float64 and backends.choose(input, cuda="native") != "reference"
+    return has_kernel(input)
 
 
 def _is_frozen(module: nn.Module, plan: Plan) -> bool:

@@ -29,10 +29,14 @@ OP = torch.ops.perfvl.depthwise_conv.default
 BACKWARD = torch.ops.perfvl.depthwise_conv_backward.default
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether outputs and gradients beside `x` [N, C, H, W] are channels_last. Kernels ask the same."""
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
 def dense(like: Tensor, shape: Any) -> Tensor:
     """Uninitialised, channels_last where `like` is."""
-    channels_last = like.shape[1] > 1 and like.stride(1) == 1
-    memory = torch.channels_last if channels_last else torch.contiguous_format
+    memory = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from perfvl import backends
 from perfvl.ops import separable_conv_cuda
 from perfvl.ops._library import FLOATING, LIBRARY, bad_type, bad_value, refuse_second_derivative
-from perfvl.ops.depthwise_conv import dense, output_size
+from perfvl.ops.depthwise_conv import dense, is_channels_last, output_size
 from perfvl.reference import separable_conv as reference
 from perfvl.reference.activation import ACTIVATIONS, CODES
 
@@ -238,7 +238,8 @@ def run(
         post = Affine(None, bias)
     learns = _learns(input, depthwise_weight, *mid, pointwise_weight, *post, residual)
     between = mid is not NO_AFFINE or mid_activation != "none" or post.scale is not None
-    if (between and learns) or _choose(input, depthwise_weight, pointwise_weight, layer, learns) == "reference":
+    fuses = _fuses(input, depthwise_weight, pointwise_weight, layer, learns=learns, alone=not between)
+    if not fuses or (between and learns):
         return _reference(
             layer, input, NO_AFFINE, depthwise_weight, mid, mid_activation, pointwise_weight, post, residual
         )
@@ -279,7 +280,7 @@ def run_with_statistics(
     """
     input, depthwise_weight, pointwise_weight, bias = _cast(input, depthwise_weight, pointwise_weight, bias)
     learns = _learns(input, *norm, depthwise_weight, pointwise_weight, bias)
-    if _choose(input, depthwise_weight, pointwise_weight, layer, learns) == "reference":
+    if not _fuses(input, depthwise_weight, pointwise_weight, layer, learns=learns, alone=False):
         post = Affine(None, bias)
         y = _reference(layer, input, norm, depthwise_weight, NO_AFFINE, "none", pointwise_weight, post, None)
         return y, *reference.channel_statistics(y)
@@ -363,12 +364,41 @@ def _learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _choose(
-    input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, layer: Layer, learns: bool
-) -> backends.Backend:
-    if input.dtype == torch.float64 or input.numel() == 0:
-        return "reference"
-    return backends.choose(input, cuda="native")
+# oneDNN's bfloat16 convolutions run on AMX tiles, this op's do not.
+_AMX = not backends.CPU_MISSING and "amx" in torch.ops.perfvl._isa_levels()
+
+
+def has_kernel(input: Tensor) -> bool:
+    """Whether there is a kernel for this dtype and device that some shape is faster with."""
+    if input.dtype == torch.float64 or (_AMX and input.is_cpu and input.dtype == torch.bfloat16):
+        return False
+    return backends.choose(input, cuda="native") != "reference"
+
+
+def _fuses(
+    input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, layer: Layer, *, learns: bool, alone: bool
+) -> bool:
+    """Whether the kernels run. `alone`: no batch norm joins the convolutions, which would save passes of its own."""
+    if input.numel() == 0 or not has_kernel(input) or depthwise_weight[0].numel() > 8192:
+        return False
+    return not alone or not input.is_cpu or _is_faster(input, pointwise_weight, layer, learns)
+
+
+def _is_faster(input: Tensor, pointwise_weight: Tensor, layer: Layer, learns: bool) -> bool:
+    """CPU: not where oneDNN is faster, by benchmarks/results.
+
+    That is where what is saved is little beside a product that oneDNN does as well: bfloat16 and NCHW, which has to be
+    turned into channels_last and back; and in small problems, where packing the weights shows.
+    """
+    products = pointwise_weight.shape[0] * pointwise_weight.shape[1]
+    pixels = layer.output_size[0] * layer.output_size[1]
+    if input.dtype == torch.float16:
+        return True
+    if not is_channels_last(input):
+        return input.dtype == torch.float32 and products <= 1 << 16
+    if input.dtype == torch.float32:
+        return products >= 1024 and (learns or pixels >= 64)
+    return products >= (1 << 16 if learns else 1 << 19) and (not learns or pixels >= 256)
 
 
 def _apply(layer, input, norm, depthwise_weight, pointwise_weight, bias, statistics):

@@ -80,7 +80,7 @@ def composed(
 ):
     """Depthwise kernel and library product, chunk by chunk."""
     # 1. Scales go into the weights, in float32 and rounded once.
-    dtype, channels_last = input.dtype, input.shape[1] > 1 and input.stride(1) == 1
+    dtype, channels_last = input.dtype, depthwise_conv.is_channels_last(input)
     if mid_scale is not None:
         depthwise_weight = (depthwise_weight * mid_scale.reshape(-1, 1, 1, 1)).to(dtype)
     if output_scale is not None:
@@ -174,7 +174,7 @@ def backward(
     need_bias,
 ):
     """The depthwise result and its gradient, chunk by chunk; sums over chunks in float32 and in order."""
-    dtype, channels_last = input.dtype, input.shape[1] > 1 and input.stride(1) == 1
+    dtype, channels_last = input.dtype, depthwise_conv.is_channels_last(input)
     outputs, inner = pointwise_weight.shape[:2]
     size, matrix = grad_output.shape[2:], pointwise_weight.flatten(1)
     memory = torch.channels_last if channels_last else torch.contiguous_format
