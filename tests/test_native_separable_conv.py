@@ -57,6 +57,7 @@ CASES = [
     Case(2, 3, 8, (9, 9), multiplier=3, pre="relu", mid="silu"),
     Case(2, 11, 13, (6, 6), kernel=(1, 1), padding=(2, 2, 2, 2)),
     Case(1, 20, 18, (147, 5), pre="hardswish"),
+    Case(1, 8, 90, (160, 160), post="relu"),  # an output that is written past the caches
 ]
 NAMED = ("input", "scale", "shift", "depthwise", "pointwise", "bias")
 THREADS = ((1, False), (3, True))

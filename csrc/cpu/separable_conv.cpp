@@ -50,15 +50,12 @@ class Forward {
       : conv_(conv), plan_(make_plan(conv, conv.w.out * staged_channels(conv.inner()))), host_(host) {
     bands_ = conv.batch * ceil_div(conv.h.out, plan_.band);
     workers_ = std::min(host.threads, bands_);
-    // Nothing to add, and more than caches near the cores hold.
-    constexpr int64_t kLarge = 4 << 20;
+    constexpr int64_t kLarge = 4 << 20;  // more than the caches near the cores hold
     const Image& out = conv.output;
     int64_t bytes = element_bytes(out.dtype);
     auto words = [&](int64_t elements) { return elements * bytes % 4 == 0; };
-    bool plain = !conv.output_scale && !conv.output_shift && conv.post == Activation::none && !conv.residual.data;
-    bool counts = conv.mean && out.dtype != Dtype::float32;  // what is counted has to be rounded first
-    streams_ = plain && !counts && out.c_stride == 1 && words(conv.outputs) && words(out.w_stride) &&
-               words(out.h_stride) && words(out.n_stride) && reinterpret_cast<uintptr_t>(out.data) % 4 == 0 &&
+    streams_ = out.c_stride == 1 && words(conv.outputs) && words(out.w_stride) && words(out.h_stride) &&
+               words(out.n_stride) && reinterpret_cast<uintptr_t>(out.data) % 4 == 0 &&
                conv.pixels() * conv.outputs * bytes > kLarge;
   }
 
@@ -148,72 +145,83 @@ class Forward {
     Right<Product> b{static_cast<const Element*>(s.panels), panels.panel<Product>(), kPanel};
     multiply(a, b, count * conv_.w.out, conv_.outputs, panels.steps<Product>(),
              [&](TileRows rows, int64_t column, int64_t columns, float* tile) {
-               if (streams_) {
-                 stream_tile(Pixel(conv_.output, n, column, first, rows.first, conv_.w.out), rows, columns, tile);
-                 if (conv_.mean) add_statistics(rows, column, columns, tile, s.statistics);
-               } else {
-                 finish(n, first, rows, column, columns, tile, s.statistics);
-               }
+               finish(n, first, rows, column, columns, tile);
+               if (conv_.mean) add_statistics(rows, column, columns, tile, s.statistics);
              });
     if (streams_) stream_fence();
   }
 
-  // A tile that is the output as it is; whole cache lines go past the caches, so that they need not be fetched to be
-  // overwritten.
-  void stream_tile(Pixel pixel, TileRows rows, int64_t columns, const float* tile) const {
-    for (int64_t r = 0; r < rows.count; ++r, pixel.next(), tile += kPanel) {
-      if (conv_.output.dtype == Dtype::float32) {
-        stream_words(pixel.at, tile, columns);
-      } else {
-        HalfVec halves[2];
-        for (int v = 0; v < 2; ++v) halves[v] = narrow(conv_.output.dtype, load<Vec>(tile + v * kLanes));
-        stream_words(pixel.at, reinterpret_cast<const float*>(halves), columns / 2);
+  // A tile of the product becomes one of the output, here and in memory.
+  void finish(int64_t n, int64_t first, TileRows rows, int64_t column, int64_t columns, float* tile) const {
+    const Image out = conv_.output,
+                residual = conv_.residual;  // copies: stores through `char*` might change the others
+    Pointwise after{conv_.output_scale, conv_.output_shift, conv_.post};
+    int64_t bytes = element_bytes(out.dtype);
+    if (after.scale || after.shift || after.activation != Activation::none)
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        int64_t lanes = std::min<int64_t>(kLanes, columns - c);
+        for (int64_t r = 0; r < rows.count; ++r) {
+          float* x = tile + r * kPanel + c;
+          store(x, after(load<Vec>(x), column + c, lanes));
+        }
       }
+    if (residual.data) {
+      Pixel addend(residual, n, column, first, rows.first, conv_.w.out);
+      for (int64_t r = 0; r < rows.count; ++r, addend.next())
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          float* x = tile + r * kPanel + c;
+          store(x, load<Vec>(x) + read_channels(residual, addend.at, c, std::min<int64_t>(kLanes, columns - c)));
+        }
+    }
+    if (out.dtype != Dtype::float32 && conv_.mean)  // what is counted is what is stored
+      for (int64_t r = 0; r < rows.count; ++r)
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          float* x = tile + r * kPanel + c;
+          store(x, rounded(out.dtype, load<Vec>(x)));
+        }
+    Pixel pixel(out, n, column, first, rows.first, conv_.w.out);
+    if (streams_) {
+      for (int64_t r = 0; r < rows.count; ++r, pixel.next())
+        stream_row(out.dtype, pixel.at, tile + r * kPanel, columns);
+    } else if (out.c_stride == 1) {
+      for (int64_t r = 0; r < rows.count; ++r, pixel.next())
+        for (int64_t c = 0; c < columns; c += kLanes)
+          write_lanes(out.dtype, pixel.at + c * bytes, load<Vec>(tile + r * kPanel + c),
+                      std::min<int64_t>(kLanes, columns - c));
+    } else {
+      char* to[kTileRows];
+      for (int64_t r = 0; r < rows.count; ++r, pixel.next()) to[r] = pixel.at;
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t r = 0; r < rows.count; ++r)
+          write(out.dtype, to[r] + c * out.c_stride * bytes, tile[r * kPanel + c]);
     }
   }
 
+  // Whole cache lines go past the caches, so that they need not be fetched to be overwritten.
+  static void stream_row(Dtype dtype, char* to, const float* row, int64_t columns) {
+    if (dtype == Dtype::float32) return stream_words(reinterpret_cast<float*>(to), row, columns);
+    HalfVec halves[2] = {};
+    for (int64_t c = 0; c < columns; c += kLanes) halves[c / kLanes] = narrow(dtype, load<Vec>(row + c));
+    float words[kLanes];
+    std::memcpy(words, halves, sizeof words);
+    stream_words(reinterpret_cast<float*>(to), words, columns / 2);
+  }
+
   // `count` words of four bytes: up to the first whole line, the whole lines, and what is left.
-  static void stream_words(char* to, const float* from, int64_t count) {
+  static void stream_words(float* to, const float* from, int64_t count) {
     constexpr int64_t kLine = 16;
-    auto* out = reinterpret_cast<float*>(to);
-    int64_t head = std::min<int64_t>(-(reinterpret_cast<uintptr_t>(to) / 4) % kLine, count), at = 0;
+    int64_t at = 0, head = std::min<int64_t>(-(reinterpret_cast<uintptr_t>(to) / 4) % kLine, count);
     auto copy = [&](int64_t end) {
-      for (; at < end; at += kLanes)
-        write_lanes(Dtype::float32, out + at, load<Vec>(from + at), std::min<int64_t>(kLanes, end - at));
+      for (; at < end; at += kLanes) {
+        int64_t lanes = std::min<int64_t>(kLanes, end - at);
+        write_lanes(Dtype::float32, to + at, read_lanes(Dtype::float32, from + at, lanes), lanes);
+      }
       at = end;
     };
     copy(head);
     for (; at + kLine <= count; at += kLine)
-      for (int64_t i = 0; i < kLine; i += kLanes) stream(out + at + i, load<Vec>(from + at + i));
+      for (int64_t i = 0; i < kLine; i += kLanes) stream(to + at + i, load<Vec>(from + at + i));
     copy(count);
-  }
-
-  void finish(int64_t n, int64_t first, TileRows rows, int64_t column, int64_t columns, float* tile,
-              const Statistics& statistics) const {
-    Pointwise after{conv_.output_scale, conv_.output_shift, conv_.post};
-    const Image &out = conv_.output, &residual = conv_.residual;
-    int64_t bytes = element_bytes(out.dtype);
-    // Stores through `char*` might change anything that is not a local variable.
-    const bool dense = out.c_stride == 1, keep = !dense || conv_.mean, add = residual.data;
-    const Dtype dtype = out.dtype;
-    char* to[kTileRows];
-    Pixel pixel(out, n, column, first, rows.first, conv_.w.out);
-    Pixel addend(residual, n, column, first, rows.first, conv_.w.out);
-    for (int64_t r = 0; r < rows.count; ++r, pixel.next(), addend.next()) {
-      to[r] = pixel.at;
-      for (int64_t c = 0; c < columns; c += kLanes) {
-        int64_t lanes = std::min<int64_t>(kLanes, columns - c);
-        Vec x = after(load<Vec>(tile + r * kPanel + c), column + c, lanes);
-        if (add) x += read_channels(residual, addend.at, c, lanes);
-        if (dense) write_lanes(dtype, pixel.at + c * bytes, x, lanes);
-        if (keep) store(tile + r * kPanel + c, rounded(dtype, x));
-      }
-    }
-    if (out.c_stride != 1)
-      for (int64_t c = 0; c < columns; ++c)
-        for (int64_t r = 0; r < rows.count; ++r)
-          write(out.dtype, to[r] + c * out.c_stride * bytes, tile[r * kPanel + c]);
-    if (conv_.mean) add_statistics(rows, column, columns, tile, statistics);
   }
 
   // Adds the rows of a tile to the statistics of its columns in this band.

@@ -20,10 +20,10 @@ struct BackwardScratch {
   float *weights, *flipped;  // shared: depthwise weights [tap][inner]
   float* staged;             // input rows
   const float** rows;
-  Element* depthwise;     // [step][inner]: the depthwise result, operand B of the weights' gradient
+  Element* depthwise;     // [panel][step][kPanel]: the depthwise result, operand B of the weights' gradient
   Element* upstream;      // [pixel][outputs]: the gradient of the output, operand A of the depthwise gradient
   Element* across;        // [tile][step][kSlot]: the same as operand A of the weights' gradient
-  float* pixel_row;       // a row of pixels on its way
+  float* pixel_row;       // pixels on their way
   float *ring, *nothing;  // rows of the depthwise gradient with zeros around; a row of zeros
   float* pointwise_sums;
   int64_t pointwise_row;
