@@ -179,7 +179,9 @@ def cuda_rules(torch: Path, work: Path) -> str:
     rules = {
         "cxx": f"{compiler()} {common} -fPIC -fvisibility=hidden -Wall -DUSE_CUDA $flags -isystem {home}/include "
         "-MMD -MF $out.d -c $in -o $out",
-        "nvcc": f"{home}/bin/nvcc -ccbin {compiler()} {common} -lineinfo -Xcompiler -fPIC,-fvisibility=hidden "
+        # -compress-all: line numbers for profilers would make the library six times as large.
+        "nvcc": f"{home}/bin/nvcc -ccbin {compiler()} {common} -lineinfo -Xfatbin -compress-all "
+        "-Xcompiler -fPIC,-fvisibility=hidden "
         f"{gencode(cuda_archs())} -MD -MF $out.d -c $in -o $out",
         # libtorch.so is NEEDed on purpose: on a CUDA torch it brings libtorch_cuda, whose symbols this library calls.
         "link": f"{compiler()} -shared $in -Wl,--no-as-needed -L{torch}/lib -ltorch -ltorch_cpu "

@@ -353,12 +353,10 @@ class TestTheChoiceOfBackend:
         layer = separable_conv.check_layer("test", x, w, p, None, 1, 1, 1, "none", "none")
         return self.faster(x, p, layer, learns)
 
-    def test_float32_channels_last_runs_the_kernel_but_in_the_smallest_problems(self):
+    def test_float32_channels_last_runs_the_kernel(self):
         assert self.chosen(64, 128, 147)
         assert self.chosen(1536, 2048, 10)
-        assert not self.chosen(32, 16, 112)
-        assert not self.chosen(960, 160, 7)
-        assert self.chosen(960, 160, 7, learns=True)
+        assert self.chosen(32, 16, 112)
 
     def test_wide_nchw_layers_stay_with_torch(self):
         assert self.chosen(128, 256, 74, layout=torch.contiguous_format)

@@ -69,8 +69,11 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("capability", LIMITS)
-@pytest.mark.parametrize("layer", LAYERS)
+# Every layer on sm_90 and on some others, every target with some layers: all of them would take most of a minute.
+PAIRS = [(c, name) for i, name in enumerate(LAYERS) for j, c in enumerate(LIMITS) if c == 90 or (i + j) % 3 == 0]
+
+
+@pytest.mark.parametrize(("capability", "layer"), PAIRS)
 def test_every_target_gets_kernels_that_fit(launches, capability, layer):
     C, CO, size, options = LAYERS[layer]
     (fused,) = launches(capability, C, CO, size, **options)

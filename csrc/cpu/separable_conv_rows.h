@@ -229,7 +229,8 @@ void depthwise_loop(const Taps& t, const float* weights, const Sink& sink) {
       };
       int64_t w = 0;
       for (; w + kPixels <= t.width; w += kPixels) pixels(std::integral_constant<int, kPixels>{}, w);
-      for (; w < t.width; ++w) pixels(std::integral_constant<int, 1>{}, w);
+      if (w + 2 <= t.width) pixels(std::integral_constant<int, 2>{}, w), w += 2;
+      if (w < t.width) pixels(std::integral_constant<int, 1>{}, w);
     }
   }
 }

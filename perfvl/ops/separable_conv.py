@@ -6,6 +6,7 @@ their fakes, the CUDA implementation.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -308,7 +309,10 @@ def _reference(
     post: Affine,
     residual: Tensor | None,
 ) -> Tensor:
-    with torch.autocast(input.device.type, enabled=False):
+    cast = torch.is_autocast_enabled(
+        input.device.type
+    )  # the tensors are, and the context would take as long as a layer
+    with torch.autocast(input.device.type, enabled=False) if cast else contextlib.nullcontext():
         return reference.separable_conv(
             input,
             norm.scale,
@@ -380,7 +384,7 @@ def _fuses(
     input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, layer: Layer, *, learns: bool, alone: bool
 ) -> bool:
     """Whether the kernels run. `alone`: no batch norm joins the convolutions, which would save passes of its own."""
-    if input.numel() == 0 or not has_kernel(input) or depthwise_weight[0].numel() > 8192:
+    if input.numel() == 0 or not has_kernel(input) or depthwise_weight.shape[2] * depthwise_weight.shape[3] > 8192:
         return False
     return not alone or not input.is_cpu or _is_faster(input, pointwise_weight, layer, learns)
 
@@ -388,17 +392,17 @@ def _fuses(
 def _is_faster(input: Tensor, pointwise_weight: Tensor, layer: Layer, learns: bool) -> bool:
     """CPU: not where oneDNN is faster, by benchmarks/results.
 
-    That is where what is saved is little beside a product that oneDNN does as well: bfloat16 and NCHW, which has to be
-    turned into channels_last and back; and in small problems, where packing the weights shows.
+    That is where little is saved beside a product that oneDNN does as well: in bfloat16, and in NCHW, which has to be
+    turned into channels_last and back.
     """
     products = pointwise_weight.shape[0] * pointwise_weight.shape[1]
-    pixels = layer.output_size[0] * layer.output_size[1]
     if input.dtype == torch.float16:
         return True
     if not is_channels_last(input):
         return input.dtype == torch.float32 and products <= 1 << 16
     if input.dtype == torch.float32:
-        return products >= 1024 and (learns or pixels >= 64)
+        return True
+    pixels = layer.output_size[0] * layer.output_size[1]
     return products >= (1 << 16 if learns else 1 << 19) and (not learns or pixels >= 256)
 
 
