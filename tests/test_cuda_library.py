@@ -107,7 +107,7 @@ def test_cuda_library_loads_and_registers_its_ops(tmp_path):
         compiler = build.release()["compiler"]().split()
         run(*compiler, "-x", "c", "-shared", "-fPIC", stub, "-o", tmp_path / "stub.so")
         lines.append(f"ctypes.CDLL({str(tmp_path / 'stub.so')!r}, mode=ctypes.RTLD_GLOBAL)")
-    lines.append("has = lambda op: torch._C._dispatchruns_fused_for_dispatch_key(op, 'CUDA')")
+    lines.append("has = lambda op: torch._C._dispatch_has_kernel_for_dispatch_key(op, 'CUDA')")
     lines.append(f"before = [has(op) for op in {CUDA_OPS}]")
     lines.append(f"torch.ops.load_library({str(file)!r})")
     lines.append(f"print(before, [has(op) for op in {CUDA_OPS}])")
