@@ -13,7 +13,7 @@ from . import registry, terminal, text
 from .ceilings import measure_ceilings
 from .machine import describe
 from .memory import MemoryProbe
-from .results import Record, document, save
+from .results import Record, document, save, sound
 from .runner import run_workload
 from .timing import clock_for
 from .workload import Workload
@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .html_report import write_html
 
         write_html(results, options.html)
-    ours = [row for w in results["workloads"] for row in w["rows"] if row["role"] == "perfvl"]
-    return 0 if all(row["status"] == "ok" and row["match"] for row in ours) else 1
+    return 0 if all(map(sound, results["workloads"])) else 1
 
 
 def run(chosen: Sequence[Workload], options: argparse.Namespace) -> Record:

@@ -102,6 +102,15 @@ def first_perfvl_row(workload: Record) -> Row | None:
     return next((row for row in workload["rows"] if row["role"] == "perfvl"), None)
 
 
+def sound(workload: Record) -> bool:
+    """Whether perfvl ran and was right. Rows of perfvl beside the first may need an extra that is not there."""
+    first = first_perfvl_row(workload)
+    if first is None or first["status"] != "ok":
+        return False
+    ours = (row for row in workload["rows"] if row["role"] == "perfvl" and row["status"] != "unavailable")
+    return all(row["status"] == "ok" and bool(row["match"]) for row in ours)
+
+
 def eager_row(workload: Record) -> Row | None:
     """The row every speed-up is relative to."""
     return next((row for row in workload["rows"] if row["role"] == "eager"), None)

@@ -493,3 +493,20 @@ def test_ceilings_are_plausible() -> None:
     ceilings = measure_ceilings(CPU, seconds=0.01)
     assert 1e8 < ceilings["bytes_per_second"] < 1e13
     assert 1e9 < ceilings["float32_flops_per_second"] < 1e15
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (("ok", True), ("ok", True), True),
+        (("ok", True), ("unavailable", None), True),
+        (("ok", True), ("failed", None), False),
+        (("ok", True), ("ok", False), False),
+        (("ok", False), ("ok", True), False),
+        (("unavailable", None), ("ok", True), False),
+    ],
+)
+def test_a_run_is_sound_if_perfvl_ran_and_was_right(first, second, expected):
+    rows = [{"role": "perfvl", "status": status, "match": match} for status, match in (first, second)]
+    assert results.sound({"rows": rows}) is expected
+    assert not results.sound({"rows": []})

@@ -292,3 +292,10 @@ def test_a_layer_and_a_chain_compile_whole(training):
         compiled = torch.compile(module.__class__.forward, fullgraph=True, backend="aot_eager")
         for what, value in outcome(compiled, copy.deepcopy(module), x).items():
             torch.testing.assert_close(value, expected[what], rtol=1e-5, atol=1e-5, msg=what)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_image_without_a_batch_is_refused_by_name(training):
+    layer = SeparableConvBNAct2d(4, 6, padding=1).train(training)
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match=r"`input` got shape \(4, 5, 5\)"):
+        layer(torch.randn(4, 5, 5))

@@ -70,7 +70,8 @@ class SeparableConvBNAct2d(nn.Module):
         eps, momentum, affine, track_running_stats: of `nn.BatchNorm2d`.
 
     Raises:
-        ValueError: while training, one value per channel only (`nn.BatchNorm2d` has it so); an unknown activation.
+        ValueError: an input of other than 4 dimensions; while training, one value per channel only (`nn.BatchNorm2d`
+            has both so); an unknown activation.
 
     Example:
         >>> import torch
@@ -153,9 +154,17 @@ def separable_pair(
     residual: Tensor | None = None,
 ) -> Tensor:
     """A depthwise and a pointwise `nn.Conv2d` with nothing between them."""
-    bias, layer = _layer(input, depthwise, pointwise, pre_activation, activation)
     if input.dim() == 3:
-        return run(layer, input[None], depthwise.weight, pointwise.weight, bias, residual=residual)[0]
+        batched = separable_pair(
+            input[None],
+            depthwise,
+            pointwise,
+            pre_activation=pre_activation,
+            activation=activation,
+            residual=residual,
+        )
+        return batched[0]
+    bias, layer = _layer(input, depthwise, pointwise, pre_activation, activation)
     return run(layer, input, depthwise.weight, pointwise.weight, bias, residual=residual)
 
 
@@ -210,10 +219,9 @@ def _layer(
     if depthwise.bias is not None:  # nothing stands between the two, so it passes through the second
         through = pointwise.weight.flatten(1) @ depthwise.bias
         bias = through if bias is None else bias + through
-    batched = input[None] if input.dim() == 3 else input
     layer = check_layer(
         "separable_conv2d",
-        batched,
+        input,
         depthwise.weight,
         pointwise.weight,
         bias,
