@@ -16,6 +16,8 @@ MODULES = {
     "brivl_step": ("brivl_step",),
     "small_loss": ("small_loss", "small_loss_steps"),
     "separable_conv": ("separable_conv", "xception_step"),
+    "upsample_conv": ("upsample_conv",),
+    "stackgan_step": ("stackgan_step",),
     "moco_digits": ("moco_digits",),
 }
 

@@ -10,7 +10,9 @@
 #include <tuple>
 #include <vector>
 
+#include "conditioning_tensors.h"
 #include "cpu/isa.h"
+#include "gan_loss_tensors.h"
 #include "momentum_pairs.h"
 #include "ring_write.h"
 #include "separable_conv_tensors.h"
@@ -254,6 +256,99 @@ SeparableConvGradients separable_conv_backward(const Tensor& grad_output, std::o
   return {grad_input, grad_scale, grad_shift, grad_depthwise, grad_pointwise, grad_bias};
 }
 
+GanLossOutputs gan_loss(const TensorList& logits, std::vector<double> targets, std::vector<double> weights, bool exact,
+                        bool with_grad) {
+  GanLoss loss{};
+  GanLossOutputs outputs =
+      gan_loss_arguments(logits, targets, weights, exact, with_grad, aoti_torch_device_type_cpu(), 0, loss);
+  (*current_level()->gan_loss)(loss);
+  return outputs;
+}
+
+UpsampleConv upsample_conv_arguments(const Tensor& input, const Tensor& weight) {
+  UpsampleConv conv{};
+  conv.input = image(input), conv.weight = image(weight);
+  conv.batch = input.size(0), conv.channels = input.size(1), conv.outputs = weight.size(0);
+  conv.height = input.size(2), conv.width = input.size(3);
+  return conv;
+}
+
+Tensor upsample_conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> scale,
+                     std::optional<Tensor> shift, int64_t activation) {
+  UpsampleConv conv = upsample_conv_arguments(input, weight);
+  conv.scale = floats_of(scale), conv.shift = floats_of(shift), conv.activation = Activation(activation);
+  Tensor output =
+      empty_image(input, conv.batch, conv.outputs, 2 * conv.height, 2 * conv.width, aoti_torch_device_type_cpu(), 0);
+  conv.output = image(output);
+  const UpsampleConvKernel& kernel = *current_level()->upsample_conv;
+  Host services = host();
+  Tensor scratch = kept_scratch_of(kernel.scratch_bytes(conv, services));
+  kernel.run(conv, scratch.mutable_data_ptr(), services);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> upsample_conv_backward(const Tensor& grad_output, const Tensor& input,
+                                                          const Tensor& weight, bool need_input, bool need_weight,
+                                                          bool need_bias) {
+  UpsampleConvBackward b{};
+  b.forward = upsample_conv_arguments(input, weight);
+  const UpsampleConv& conv = b.forward;
+  b.grad_output = image(grad_output);
+  int32_t dtype = shim_dtype(dtype_of(input.scalar_type()));
+  Tensor grad_input = need_input ? empty_image(input, conv.batch, conv.channels, conv.height, conv.width,
+                                               aoti_torch_device_type_cpu(), 0)
+                                 : empty_dense({0}, dtype);
+  Tensor grad_weight = empty_dense(need_weight ? sizes_of(weight) : std::vector<int64_t>{0}, dtype);
+  Tensor grad_bias = empty_float({need_bias ? conv.outputs : 0});
+  if (need_input) b.grad_input = image(grad_input);
+  if (need_weight) b.grad_weight = image(grad_weight);
+  if (need_bias) b.grad_bias = static_cast<float*>(grad_bias.mutable_data_ptr());
+  const UpsampleConvKernel& kernel = *current_level()->upsample_conv;
+  Host services = host();
+  Tensor scratch = kept_scratch_of(kernel.backward_scratch_bytes(b, services));
+  kernel.backward(b, scratch.mutable_data_ptr(), services);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+Tensor condition_taps(const Tensor& condition, const Tensor& weight) {
+  Tensor taps = empty_taps(condition.size(0), weight.size(0), aoti_torch_device_type_cpu(), 0);
+  ConditionTaps problem{matrix(condition), image(weight), weight.size(0), static_cast<float*>(taps.mutable_data_ptr())};
+  const ConditioningKernel& kernel = *current_level()->conditioning;
+  Tensor scratch = scratch_of(kernel.taps_scratch_bytes(problem));
+  kernel.condition_taps(problem, scratch.mutable_data_ptr(), host());
+  return taps;
+}
+
+Tensor add_taps(const Tensor& x, const Tensor& taps) {
+  Tensor output = empty_image(x, x.size(0), x.size(1), x.size(2), x.size(3), aoti_torch_device_type_cpu(), 0);
+  current_level()->conditioning->add_taps(add_taps_arguments(x, taps, output), host());
+  return output;
+}
+
+Tensor tap_sums(const Tensor& grad) {
+  Tensor sums = empty_taps(grad.size(0), grad.size(1), aoti_torch_device_type_cpu(), 0);
+  current_level()->conditioning->tap_sums(tap_sums_arguments(grad, sums), host());
+  return sums;
+}
+
+AugmentationOutputs conditioning_augmentation(const Tensor& projected, const Tensor& eps, int64_t activation) {
+  Augmentation problem{};
+  auto outputs = augmentation_arguments(projected, eps, activation, aoti_torch_device_type_cpu(), 0, problem);
+  current_level()->conditioning->augment(problem);
+  return outputs;
+}
+
+Tensor conditioning_augmentation_backward(std::optional<Tensor> grad_condition, std::optional<Tensor> grad_mu,
+                                          std::optional<Tensor> grad_logvar, std::optional<Tensor> grad_kl,
+                                          const Tensor& mu, const Tensor& logvar, const Tensor& eps,
+                                          std::optional<Tensor> projected, int64_t activation) {
+  AugmentationBackward problem{};
+  Tensor grad = augmentation_backward_arguments(grad_condition, grad_mu, grad_logvar, grad_kl, mu, logvar, eps,
+                                                projected, activation, aoti_torch_device_type_cpu(), 0, problem);
+  current_level()->conditioning->augment_backward(problem);
+  return grad;
+}
+
 std::string isa() { return current_level()->name; }
 
 // For tests: every level this machine can run, in one process.
@@ -273,6 +368,12 @@ std::vector<std::string> isa_levels() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(perfvl, CPU, m) {
+  m.impl("add_taps", TORCH_BOX(&add_taps));
+  m.impl("condition_taps", TORCH_BOX(&condition_taps));
+  m.impl("conditioning_augmentation", TORCH_BOX(&conditioning_augmentation));
+  m.impl("conditioning_augmentation_backward", TORCH_BOX(&conditioning_augmentation_backward));
+  m.impl("tap_sums", TORCH_BOX(&tap_sums));
+  m.impl("gan_loss", TORCH_BOX(&gan_loss));
   m.impl("info_nce", TORCH_BOX(&info_nce));
   m.impl("momentum_update_", TORCH_BOX(&momentum_update));
   m.impl("enqueue_", TORCH_BOX(&enqueue));
@@ -281,6 +382,8 @@ STABLE_TORCH_LIBRARY_IMPL(perfvl, CPU, m) {
   m.impl("small_loss_mask", TORCH_BOX(&small_loss_mask));
   m.impl("twin_loss", TORCH_BOX(&twin_loss));
   m.impl("twin_loss_backward", TORCH_BOX(&twin_loss_backward));
+  m.impl("upsample_conv", TORCH_BOX(&upsample_conv));
+  m.impl("upsample_conv_backward", TORCH_BOX(&upsample_conv_backward));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(perfvl, m) {

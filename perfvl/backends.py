@@ -14,11 +14,14 @@ import torch
 Backend = Literal["native", "triton", "reference"]
 # The kind of CUDA kernels of every op.
 OPS: dict[str, Literal["triton", "native"]] = {
+    "conditioned_conv2d": "native",
+    "gan_loss": "native",
     "info_nce": "triton",
     "momentum_update_": "native",
     "enqueue_": "native",
     "small_loss": "native",
     "separable_conv2d": "native",
+    "upsample_conv2d": "native",
 }
 _PACKAGE = Path(__file__).parent
 _forced = "auto"
@@ -127,10 +130,10 @@ def info() -> str:
         lines.append(f"cuda  {name}: {'reference instead, ' + missing if missing else torch.cuda.get_device_name()}")
     if build.get("cuda"):
         lines.append(f"      C++ kernels built for sm_{', sm_'.join(build['cuda']['archs'])}")
-    lines += ["", f"{'op':<17} {'cpu':<10} cuda"]
+    lines += ["", f"{'op':<18} {'cpu':<10} cuda"]
     cpu = "reference" if CPU_MISSING else "native"
     lacking = {"triton": triton_missing(), "native": cuda_missing()}
     for op, kind in OPS.items():
-        lines.append(f"{op:<17} {cpu:<10} {'reference' if lacking[kind] else kind}")
+        lines.append(f"{op:<18} {cpu:<10} {'reference' if lacking[kind] else kind}")
     lines.append("float64 inputs always run the reference.")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The public index of perfvl's functions. Each one's whole story is in ``perfvl/ops/<op>.py``."""
 
+from perfvl.ops.conditioning import conditioned_conv2d
 from perfvl.ops.info_nce import InfoNCEOutput, info_nce, info_nce_stats
 from perfvl.ops.key_queue import enqueue_
 from perfvl.ops.momentum_update import momentum_update_
@@ -12,12 +13,14 @@ from perfvl.ops.small_loss import (
     jocor_loss,
     small_loss_mask,
 )
+from perfvl.ops.upsample_conv import upsample_conv2d
 
 __all__ = [
     "InfoNCEOutput",
     "TwinLoss",
     "co_teaching_loss",
     "co_teaching_plus_loss",
+    "conditioned_conv2d",
     "decoupling_loss",
     "enqueue_",
     "info_nce",
@@ -26,4 +29,5 @@ __all__ = [
     "momentum_update_",
     "separable_conv2d",
     "small_loss_mask",
+    "upsample_conv2d",
 ]

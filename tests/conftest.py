@@ -20,7 +20,9 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _kernels_for_small_problems(monkeypatch):
-    """Where oneDNN is faster than separable_conv's kernels it runs: of every small problem, tests would test oneDNN."""
-    from perfvl.ops import separable_conv
+    """Where oneDNN is faster than the kernels of a convolution it runs: of every small problem, tests would test it."""
+    from perfvl.ops import conditioning, separable_conv, upsample_conv
 
+    monkeypatch.setattr(conditioning, "_is_faster", lambda *_: True)
     monkeypatch.setattr(separable_conv, "_is_faster", lambda *_: True)
+    monkeypatch.setattr(upsample_conv, "_cpu_path", lambda *_: "kernel")

@@ -44,6 +44,7 @@ class OpContract:
     empty: Callable[[dict[str, Any]], dict[str, Any]]  # the same call with nothing to do
     cuda: Literal["triton", "native"] = "triton"  # the kind of its CUDA kernels
     mutates: tuple[str, ...] = ()  # arguments written in place
+    autocast_output: bool = False  # under autocast outputs have its dtype, as those of convolutions
     # Of differentiable ops:
     double: Callable[[], dict[str, Any]] | None = (
         None  # float64 inputs for gradcheck, tensors requiring grad among them

@@ -166,10 +166,10 @@ def test_autocast_keeps_gradient_dtypes_and_nests(op, device, dtype):
         with torch.autocast(device, enabled=False):
             off = evaluate(op.function, inputs)
     for what, value in exact.items():
-        assert rounded[what].dtype == value.dtype, what
+        assert rounded[what].dtype == (dtype if op.autocast_output and what.startswith("output") else value.dtype), what
         assert torch.equal(off[what], value), what
         if value.is_floating_point():
-            torch.testing.assert_close(rounded[what], value, rtol=5e-2, atol=5e-2)
+            torch.testing.assert_close(rounded[what], value, rtol=5e-2, atol=5e-2, check_dtype=False)
 
 
 def test_nothing_to_do_is_done_right(op, device):

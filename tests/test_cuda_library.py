@@ -34,6 +34,12 @@ ONLY_IN_LIBTORCH_CUDA = {
     "torch_c10_cuda_free_error_msg",
 }
 CUDA_OPS = [
+    "perfvl::gan_loss",
+    "perfvl::add_taps",
+    "perfvl::condition_taps",
+    "perfvl::conditioning_augmentation",
+    "perfvl::conditioning_augmentation_backward",
+    "perfvl::tap_sums",
     "perfvl::scale_rows",
     "perfvl::momentum_update_",
     "perfvl::enqueue_",

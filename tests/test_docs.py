@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 import perfvl.nn
-from perfvl.ops import info_nce, key_queue, momentum_update, separable_conv, small_loss
+from perfvl.models import stackgan, stackgan_parts, stackgan_step
+from perfvl.ops import (
+    conditioning,
+    gan_loss,
+    info_nce,
+    key_queue,
+    momentum_update,
+    separable_conv,
+    small_loss,
+    upsample_conv,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,16 +38,24 @@ def test_readme_code_runs():
 @pytest.mark.parametrize(
     "module",
     [
+        conditioning,
+        gan_loss,
         info_nce,
         key_queue,
         momentum_update,
         separable_conv,
         small_loss,
+        stackgan,
+        stackgan_parts,
+        stackgan_step,
+        upsample_conv,
+        perfvl.nn.conditioning,
         perfvl.nn.info_nce,
         perfvl.nn.key_queue,
         perfvl.nn.momentum_update,
         perfvl.nn.separable_conv,
         perfvl.nn.small_loss,
+        perfvl.nn.upsample_conv,
     ],
     ids=lambda m: m.__name__,
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from native import build
 from native.floats import BFLOAT16, FLOAT16, FLOAT32, narrow, same, widen
+from native.images import distance, double, laid_out, nchw
 
 from perfvl.reference import separable_conv as reference
 from perfvl.reference.activation import ACTIVATIONS
@@ -65,32 +66,6 @@ THREADS = ((1, False), (3, True))
 
 def some(*shape: int, dtype: np.dtype = FLOAT32) -> np.ndarray:
     return narrow(RNG.standard_normal(shape).astype(np.float32), dtype)
-
-
-def laid_out(a: np.ndarray, layout: str) -> np.ndarray:
-    """The same values, contiguous, channels_last, or with room between the elements."""
-    if layout == "channels_last":
-        return np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-    if layout == "sliced":
-        n, c, h, w = a.shape
-        wide = np.zeros((n, c + 1, h, 2 * w), a.dtype)
-        wide[:, :c, :, ::2] = a
-        return wide[:, :c, :, ::2]
-    return np.ascontiguousarray(a)
-
-
-def double(a: np.ndarray | None) -> torch.Tensor | None:
-    return None if a is None else torch.from_numpy(widen(a).astype(np.float64))
-
-
-def nchw(a: np.ndarray, channels_last: bool) -> torch.Tensor:
-    found = torch.from_numpy(widen(a).astype(np.float64))
-    return found.permute(0, 3, 1, 2) if channels_last else found
-
-
-def distance(got: torch.Tensor, truth: torch.Tensor) -> float:
-    assert got.shape == truth.shape
-    return float((got - truth).norm() / truth.norm().clamp_min(1e-12))
 
 
 def inputs_of(case: Case, dtype: np.dtype, layout: str, affine: bool) -> tuple[np.ndarray, ...]:

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/vec.h"
-#include "separable_conv.h"
+#include "image.h"
 
 namespace perfvl {
 namespace PVL_ISA {

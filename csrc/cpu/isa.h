@@ -8,22 +8,28 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/conditioning.h"
+#include "cpu/gan_loss.h"
 #include "cpu/info_nce.h"
 #include "cpu/key_queue.h"
 #include "cpu/momentum_update.h"
 #include "cpu/separable_conv.h"
 #include "cpu/small_loss.h"
+#include "cpu/upsample_conv.h"
 
 namespace perfvl {
 
 struct Level {
   const char* name;
   bool (*supported)();
+  const ConditioningKernel* conditioning;
+  const GanLossKernel* gan_loss;
   const InfoNceKernel* info_nce;
   const MomentumKernel* momentum_update;
   const RingKernel* key_queue;
   const SeparableConvKernel* separable_conv;
   const SmallLossKernel* small_loss;
+  const UpsampleConvKernel* upsample_conv;
 };
 
 #if defined(__x86_64__)
@@ -50,20 +56,26 @@ inline bool has_baseline() { return true; }
 
 #define PVL_DECLARE(level)                         \
   namespace level {                                \
+  extern const ConditioningKernel conditioning;    \
+  extern const GanLossKernel gan_loss;             \
   extern const InfoNceKernel info_nce;             \
   extern const MomentumKernel momentum_update;     \
   extern const RingKernel key_queue;               \
   extern const SeparableConvKernel separable_conv; \
   extern const SmallLossKernel small_loss;         \
+  extern const UpsampleConvKernel upsample_conv;   \
   }
 #define PVL_LEVEL(level)    \
   {#level,                  \
    has_##level,             \
+   &level::conditioning,    \
+   &level::gan_loss,        \
    &level::info_nce,        \
    &level::momentum_update, \
    &level::key_queue,       \
    &level::separable_conv,  \
-   &level::small_loss},
+   &level::small_loss,      \
+   &level::upsample_conv},
 
 #if defined(PVL_HAVE_amx)
 PVL_DECLARE(amx)

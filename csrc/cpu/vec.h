@@ -104,6 +104,50 @@ inline float largest(Vec v) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// 16 x 16 transposed, 32-bit elements, in place.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+inline void transpose(Vec (&r)[kLanes]) {
+  __m512i square[kLanes];
+  for (int i = 0; i < kLanes; ++i) square[i] = (__m512i)r[i];
+  transpose(square);
+  for (int i = 0; i < kLanes; ++i) r[i] = (Vec)square[i];
+}
+#else
+inline void transpose(Vec (&r)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = i + 1; j < kLanes; ++j) {
+      float upper = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = upper;
+    }
+}
+#endif
+
 // 2^x for x <= 120, relative error 1.6e-7, exactly 1 at 0; 0 below 2^-126.5; NaN gives NaN.
 template <class MultiplyAdd>
 inline Vec exp2(Vec x, MultiplyAdd multiply_add) {

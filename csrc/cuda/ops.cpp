@@ -9,11 +9,15 @@
 #include <tuple>
 #include <vector>
 
+#include "conditioning_tensors.h"
+#include "cuda/conditioning.h"
+#include "cuda/gan_loss.h"
 #include "cuda/key_queue.h"
 #include "cuda/momentum_update.h"
 #include "cuda/scale_rows.h"
 #include "cuda/separable_conv.h"
 #include "cuda/small_loss.h"
+#include "gan_loss_tensors.h"
 #include "momentum_pairs.h"
 #include "ring_write.h"
 #include "separable_conv_tensors.h"
@@ -62,6 +66,19 @@ void enqueue(const Tensor& queue, const Tensor& cursor, const Tensor& keys, std:
   int32_t device = queue.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   STD_CUDA_CHECK(cudaError_t(cuda::key_queue(write, current_stream(device))));
+}
+
+GanLossOutputs gan_loss(const TensorList& logits, std::vector<double> targets, std::vector<double> weights, bool exact,
+                        bool with_grad) {
+  STD_TORCH_CHECK(logits.size() > 0, "gan_loss: no head");
+  int32_t device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(logits[0], &device));
+  torch::stable::accelerator::DeviceGuard guard(device);
+  GanLoss loss{};
+  GanLossOutputs outputs =
+      gan_loss_arguments(logits, targets, weights, exact, with_grad, aoti_torch_device_type_cuda(), device, loss);
+  STD_CUDA_CHECK(cudaError_t(cuda::gan_loss(loss, current_stream(device))));
+  return outputs;
 }
 
 Tensor scratch_of(int64_t bytes, int32_t device) {
@@ -182,9 +199,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_backward(
   return {grad_input, grad_scale, grad_shift, grad_weight};
 }
 
+Tensor add_taps(const Tensor& x, const Tensor& taps) {
+  int32_t device = x.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor output = empty_image(x, x.size(0), x.size(1), x.size(2), x.size(3), aoti_torch_device_type_cuda(), device);
+  AddTaps problem = add_taps_arguments(x, taps, output);
+  if (x.numel() > 0) STD_CUDA_CHECK(cudaError_t(cuda::add_taps(problem, current_stream(device))));
+  return output;
+}
+
+Tensor tap_sums(const Tensor& grad) {
+  int32_t device = grad.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor sums = empty_taps(grad.size(0), grad.size(1), aoti_torch_device_type_cuda(), device);
+  if (grad.numel() > 0)
+    STD_CUDA_CHECK(cudaError_t(cuda::tap_sums(tap_sums_arguments(grad, sums), current_stream(device))));
+  return sums;
+}
+
+AugmentationOutputs conditioning_augmentation(const Tensor& projected, const Tensor& eps, int64_t activation) {
+  STD_TORCH_CHECK(eps.numel() > 0, "perfvl: conditioning_augmentation of an empty batch");
+  int32_t device = eps.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  Augmentation problem{};
+  auto outputs = augmentation_arguments(projected, eps, activation, aoti_torch_device_type_cuda(), device, problem);
+  Tensor scratch = scratch_of(cuda::augment_scratch_bytes(problem), device);
+  STD_CUDA_CHECK(cudaError_t(cuda::augment(problem, scratch.mutable_data_ptr(), current_stream(device))));
+  return outputs;
+}
+
+Tensor conditioning_augmentation_backward(std::optional<Tensor> grad_condition, std::optional<Tensor> grad_mu,
+                                          std::optional<Tensor> grad_logvar, std::optional<Tensor> grad_kl,
+                                          const Tensor& mu, const Tensor& logvar, const Tensor& eps,
+                                          std::optional<Tensor> projected, int64_t activation) {
+  int32_t device = mu.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  AugmentationBackward problem{};
+  Tensor grad = augmentation_backward_arguments(grad_condition, grad_mu, grad_logvar, grad_kl, mu, logvar, eps,
+                                                projected, activation, aoti_torch_device_type_cuda(), device, problem);
+  if (mu.numel() > 0) STD_CUDA_CHECK(cudaError_t(cuda::augment_backward(problem, current_stream(device))));
+  return grad;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(perfvl, CUDA, m) {
+  m.impl("add_taps", TORCH_BOX(&add_taps));
+  m.impl("conditioning_augmentation", TORCH_BOX(&conditioning_augmentation));
+  m.impl("conditioning_augmentation_backward", TORCH_BOX(&conditioning_augmentation_backward));
+  m.impl("tap_sums", TORCH_BOX(&tap_sums));
+  m.impl("gan_loss", TORCH_BOX(&gan_loss));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
   m.impl("momentum_update_", TORCH_BOX(&momentum_update));
   m.impl("enqueue_", TORCH_BOX(&enqueue));

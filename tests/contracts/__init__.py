@@ -1,10 +1,12 @@
 """Every op's entry in the contract. Adding an op: write its file here and list it."""
 
+from contracts.gan_loss import GAN_LOSS
 from contracts.info_nce import INFO_NCE, INFO_NCE_STATS
 from contracts.key_queue import ENQUEUE
 from contracts.momentum_update import MOMENTUM_UPDATE
 from contracts.separable_conv import SEPARABLE_CONV
 from contracts.small_loss import CO_TEACHING, CO_TEACHING_PLUS, DECOUPLING, JOCOR, SMALL_LOSS_MASK
+from contracts.upsample_conv import UPSAMPLE_CONV
 
 CONTRACTS = [
     INFO_NCE,
@@ -17,4 +19,6 @@ CONTRACTS = [
     CO_TEACHING_PLUS,
     JOCOR,
     SEPARABLE_CONV,
+    GAN_LOSS,
+    UPSAMPLE_CONV,
 ]

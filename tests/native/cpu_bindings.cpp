@@ -3,6 +3,7 @@
 
 #include "convolution.h"
 #include "cpu/isa.h"
+#include "heads.h"
 #include "in_place.h"
 #include "selection.h"
 
@@ -93,6 +94,12 @@ py::dict info_nce(const std::string& level, const py::array& query, const py::ar
     out["positive_weight"] = positive_weight.array(floats, {rows}, "positive_weight");
   }
   return out;
+}
+
+py::tuple gan_loss(const std::string& level, const std::vector<py::array>& logits, const std::vector<double>& targets,
+                   const std::vector<double>& weights, bool exact, bool with_grad) {
+  return lose_heads(logits, targets, weights, exact, with_grad,
+                    [&](const GanLoss& loss) { (*level_named(level).gan_loss)(loss); });
 }
 
 void momentum_update(const std::string& level, int64_t threads, bool reverse, const Arrays& targets,
@@ -211,6 +218,53 @@ py::dict separable_conv_backward(const std::string& level, int64_t threads, bool
   return found;
 }
 
+UpsampleConv upsampling(Inputs& inputs, const py::array& input, const py::array& weight) {
+  UpsampleConv conv{};
+  conv.input = image(inputs.add(input), input), conv.weight = image(inputs.add(weight), weight);
+  conv.batch = input.shape(0), conv.channels = input.shape(1), conv.outputs = weight.shape(0);
+  conv.height = input.shape(2), conv.width = input.shape(3);
+  return conv;
+}
+
+py::array upsample_conv(const std::string& level, int64_t threads, bool reverse, const py::array& input,
+                        const py::array& weight, const Optional& scale, const Optional& shift, int activation,
+                        bool channels_last) {
+  const UpsampleConvKernel& kernel = *level_named(level).upsample_conv;
+  Inputs inputs;
+  UpsampleConv conv = upsampling(inputs, input, weight);
+  conv.scale = floats(inputs, scale), conv.shift = floats(inputs, shift), conv.activation = Activation(activation);
+  Written output({conv.batch, conv.outputs, 2 * conv.height, 2 * conv.width}, dtype_of(input.dtype()), channels_last);
+  conv.output = output.image();
+  Host services = host(threads, reverse);
+  with_scratch(kernel.scratch_bytes(conv, services), [&](void* scratch) { kernel.run(conv, scratch, services); });
+  return output.array("output");
+}
+
+py::dict upsample_conv_backward(const std::string& level, int64_t threads, bool reverse, const py::array& grad_output,
+                                const py::array& input, const py::array& weight, std::array<bool, 3> needed,
+                                bool channels_last) {
+  const UpsampleConvKernel& kernel = *level_named(level).upsample_conv;
+  Inputs inputs;
+  UpsampleConvBackward b{};
+  b.forward = upsampling(inputs, input, weight);
+  const UpsampleConv& conv = b.forward;
+  b.grad_output = image(inputs.add(grad_output), grad_output);
+  Dtype dtype = dtype_of(input.dtype());
+  Written grad_input({conv.batch, conv.channels, conv.height, conv.width}, dtype, channels_last, needed[0]);
+  Written grad_weight({conv.outputs, conv.channels, 3, 3}, dtype, false, needed[1]);
+  int64_t outputs = needed[2] ? conv.outputs : 0;
+  Guarded bias(4 * outputs);
+  b.grad_input = grad_input.image(), b.grad_weight = grad_weight.image();
+  if (needed[2]) b.grad_bias = bias.data<float>();
+  Host services = host(threads, reverse);
+  with_scratch(kernel.backward_scratch_bytes(b, services),
+               [&](void* scratch) { kernel.backward(b, scratch, services); });
+  py::dict found;
+  found["input"] = grad_input.array("input"), found["weight"] = grad_weight.array("weight");
+  found["bias"] = bias.array(py::dtype::of<float>(), {outputs}, "bias");
+  return found;
+}
+
 std::vector<std::string> levels() {
   std::vector<std::string> names;
   for (const Level* level = levels_begin(); level->name; ++level)
@@ -247,6 +301,8 @@ PYBIND11_MODULE(native_cpu, m) {
         py::arg("drop_tail") = false, py::arg("ring_offset") = -1, py::arg("key_offset") = -1);
   m.def("separable_conv", separable_conv);
   m.def("separable_conv_backward", separable_conv_backward);
+  m.def("upsample_conv", upsample_conv);
+  m.def("upsample_conv_backward", upsample_conv_backward);
   m.def("small_loss_mask", small_loss_mask, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("losses"),
         py::arg("keep_rate"), py::kw_only(), py::arg("keep_rates") = py::none(), py::arg("candidates") = py::none());
   m.def("twin_loss", twin_loss, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("logits1"),
@@ -257,6 +313,8 @@ PYBIND11_MODULE(native_cpu, m) {
         py::arg("logits1"), py::arg("logits2"), py::arg("labels"), py::arg("coefficients"), py::arg("stats"),
         py::arg("upstream1"), py::arg("upstream2"), py::arg("needed"), py::arg("method"), py::arg("released"),
         py::arg("parameter"));
+  m.def("gan_loss", gan_loss, py::arg("level"), py::arg("logits"), py::arg("targets"), py::arg("weights"),
+        py::arg("exact"), py::arg("with_grad") = true);
   m.def("info_nce", info_nce, py::arg("level"), py::arg("query"), py::arg("positive"), py::arg("queue"), py::kw_only(),
         py::arg("scale"), py::arg("bfloat16_products") = false, py::arg("row_factor") = 1.0,
         py::arg("with_rank") = true, py::arg("with_grad") = true, py::arg("threads") = 1, py::arg("reverse") = false);

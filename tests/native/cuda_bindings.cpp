@@ -1,4 +1,5 @@
 // perfvl's CUDA kernels and the emulator's own test kernels, on numpy arrays.
+#include "cuda/gan_loss.h"
 #include "cuda/key_queue.h"
 #include "cuda/momentum_update.h"
 #include "cuda/scale_rows.h"
@@ -6,6 +7,7 @@
 #include "cuda_emulator.h"
 #include "depthwise.h"
 #include "emulator_kernels.h"
+#include "heads.h"
 #include "in_place.h"
 #include "selection.h"
 
@@ -22,6 +24,12 @@ py::array scale_rows(const py::array& rows, const py::array& scale, const py::dt
   expect_success(perfvl::cuda::scale_rows(from.matrix(), factors.data<float>(), scale.strides(0) / 4, out_dtype,
                                           out.data(), nullptr));
   return out.array(dtype, {rows.shape(0), rows.shape(1)}, "out");
+}
+
+py::tuple gan_loss(const std::vector<py::array>& logits, const std::vector<double>& targets,
+                   const std::vector<double>& weights, bool exact, bool with_grad) {
+  return lose_heads(logits, targets, weights, exact, with_grad,
+                    [](const perfvl::GanLoss& loss) { expect_success(perfvl::cuda::gan_loss(loss, nullptr)); });
 }
 
 void momentum_update(const Arrays& targets, const Arrays& sources, const Arrays& copies, double momentum,
@@ -98,6 +106,9 @@ PYBIND11_MODULE(native_cuda, m) {
 
   m.def("scale_rows", scale_rows, py::arg("rows"), py::arg("scale"), py::arg("dtype"), py::arg("row_shift") = 0,
         py::arg("scale_shift") = 0);
+
+  m.def("gan_loss", gan_loss, py::arg("logits"), py::arg("targets"), py::arg("weights"), py::arg("exact"),
+        py::arg("with_grad") = true);
 
   m.def("momentum_update", momentum_update, py::arg("targets"), py::arg("sources"), py::arg("copies") = Arrays(),
         py::kw_only(), py::arg("momentum") = 0.0, py::arg("tensor") = py::none(), py::arg("convex") = false,
