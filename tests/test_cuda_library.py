@@ -36,7 +36,6 @@ ONLY_IN_LIBTORCH_CUDA = {
 CUDA_OPS = [
     "perfvl::gan_loss",
     "perfvl::add_taps",
-    "perfvl::condition_taps",
     "perfvl::conditioning_augmentation",
     "perfvl::conditioning_augmentation_backward",
     "perfvl::tap_sums",

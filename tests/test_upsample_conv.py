@@ -114,6 +114,8 @@ def test_gradcheck_of_every_activation(name):
 
 def test_the_transposed_convolution_is_as_accurate_as_plain_pytorch(monkeypatch):
     """It is what runs on CUDA and, in bfloat16, on AMX."""
+    for op in ("upsample_conv", "upsample_conv_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"perfvl::{op}", "CUDA")
     monkeypatch.setattr(upsample_conv, "_cpu_path", lambda *_: "transposed")
     for sample in samples("cpu"):
         if sample.inputs["input"].dtype == torch.float16:
