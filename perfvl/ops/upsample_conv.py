@@ -49,10 +49,9 @@ def upsample_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
         RuntimeError: on backward through the gradient (second order).
 
     Cost: 18 N H W C O FLOP forward on the CPU (nine products for each pixel of the input), 32 on CUDA, where the
-    convolution of the upsampled image takes 72; twice that backward. Reads `input`, writes the output; saves `input` and
-    `weight` for backward. The nine products add and subtract neighbouring pixels first: float32 results differ from the
-    plain definition's by some ulps more than two orders of summation do, and an output that sees an infinite pixel may
-    be NaN.
+    convolution of the upsampled image takes 72; twice that backward. Reads `input`, writes the output; saves `input`
+    and `weight`. The nine products add and subtract neighbouring pixels first: float32 results differ from the plain
+    definition's by a few ulps more, and an output that sees an infinite pixel may be NaN.
 
     Example:
         >>> import torch
