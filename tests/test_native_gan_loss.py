@@ -68,16 +68,20 @@ def truth(logits: list[NDArray], targets: list[float], weights: list[float], exa
 def problem(*rows: int, dtype=FLOAT32, size: float = 3.0) -> tuple[list[NDArray], list[float], list[float]]:
     rng = RNG(rows)
     logits = [narrow(size * rng.standard_normal(n), dtype) for n in rows]
-    targets = [(1.0, 0.0, 0.9)[k % 3] for k in range(len(rows))]
+    targets = [(1.0, 0.0, 0.75)[k % 3] for k in range(len(rows))]
     return logits, targets, [1.0 / (1 + k) for k in range(len(rows))]
 
 
-def check(kernel, logits, targets, weights, exact: bool, rtol: float = 1e-6) -> None:
+def check(kernel, logits, targets, weights, exact: bool, slack: float = 1.2e-7) -> None:
+    """`slack`: of a probability, where its last bit decides about its difference to the target."""
     total, means, grad = kernel(logits, targets, weights, exact)
     true_total, true_means, true_grad = truth(logits, targets, weights, exact)
-    np.testing.assert_allclose(means, true_means, rtol=rtol, atol=1e-37)
-    np.testing.assert_allclose(total, true_total, rtol=rtol, atol=1e-37)
-    np.testing.assert_allclose(grad, true_grad, rtol=rtol, atol=1e-37)
+    np.testing.assert_allclose(means, true_means, rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(total, true_total, rtol=1e-6, atol=1e-37)
+    factors = [np.full(len(x), abs(w) / len(x)) for x, w in zip(logits, weights, strict=True)]
+    rounded = [exact or y not in (0.0, 1.0) for y in targets]
+    allowed = np.concatenate([slack * f * r for f, r in zip(factors, rounded, strict=True)])
+    assert (np.abs(grad - true_grad) <= 1e-6 * np.abs(true_grad) + allowed + 1e-37).all()
 
 
 @both_modes
@@ -109,7 +113,7 @@ def test_exact_mode_rounds_and_clamps_as_float32_does(kernel, target):
     # Not where the last bit of an exponential decides: next to 16.6355 a probability becomes 1.
     logits = np.array([-200, -104, -101, -95, -88, -80, -40, -30, -28, -27, -10, -1, 0, 1, 5, 15, 17, 40, 104, 200])
     for x in logits.astype(np.float32):
-        check(kernel, [x[None]], [target], [1.0], exact=True)
+        check(kernel, [x[None]], [target], [1.0], exact=True, slack=0 if target in (0.0, 1.0) else 1.2e-7)
 
 
 @both_modes
