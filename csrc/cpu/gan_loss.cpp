@@ -2,7 +2,7 @@
 //
 // A step of StackGAN has 3 to 5 heads of 64 logits: 1 kB, where being called is the cost, and PyTorch calls 4 times for
 // each head and again in backward. Here it is one call, one pass and one thread: a vector of rows takes an exponential,
-// a logarithm and two divisions, and its gradient is by-product. Logarithms are series of s = (v - 1) / (v + 1).
+// a logarithm and two divisions, and its gradient is a by-product. Logarithms are series of s = (v - 1) / (v + 1).
 #include "cpu/gan_loss.h"
 
 #include <algorithm>
