@@ -40,8 +40,8 @@ def crop_to_box(image: ImageT, box: Sequence[float]) -> ImageT:
         >>> import torch
         >>> crop_to_box(torch.zeros(3, 300, 400), (100, 200, 80, 40)).shape
         torch.Size([3, 120, 120])
-        >>> crop_to_box(torch.zeros(3, 300, 400), (100, 220, 80, 40)).shape
-        torch.Size([3, 120, 120])
+        >>> crop_to_box(torch.zeros(3, 300, 400), (100, 250, 80, 40)).shape
+        torch.Size([3, 90, 120])
     """
     name = "crop_to_box"
     width, height = _width_and_height(name, image)

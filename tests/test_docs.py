@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import perfvl.nn
+from perfvl import stackgan_data, stackgan_images
 from perfvl.models import stackgan, stackgan_parts, stackgan_step
 from perfvl.ops import (
     conditioning,
@@ -46,6 +47,8 @@ def test_readme_code_runs():
         separable_conv,
         small_loss,
         stackgan,
+        stackgan_data,
+        stackgan_images,
         stackgan_parts,
         stackgan_step,
         upsample_conv,
