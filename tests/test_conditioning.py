@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfvl.functional import conditioned_conv2d
 from perfvl.nn import ConditioningAugmentation
@@ -71,6 +72,24 @@ def test_no_concatenated_tensor_is_saved():
         conditioned_conv2d(*tensors[:3], bias=tensors[3])
     assert torch.Size((2, 96, 8, 8)) not in saved
     assert torch.Size((2, 64, 8, 8)) in saved
+
+
+def test_the_kernels_run_in_both_directions():
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    layer = ConditioningAugmentation(12, 7)
+    x, _, weight, bias = problem(2, 4, 7, 9, (4, 4))
+    with Calls():
+        out = layer(torch.randn(2, 12))
+        (conditioned_conv2d(x, out.condition, weight, bias=bias).sum() + out.kl).backward()
+    ours = {name.removeprefix("perfvl::") for name in called if name.startswith("perfvl::")}
+    augment = {"conditioning_augmentation", "conditioning_augmentation_backward"}
+    assert ours == {"condition_taps", "add_taps", "tap_sums"} | augment
 
 
 def test_two_conditions_share_one_image_convolution():

@@ -23,14 +23,40 @@ void share(const Host& host, int64_t tasks, const F& f) {
   host.parallel(workers, [&](int64_t worker) { f(worker, tasks * worker / workers, tasks * (worker + 1) / workers); });
 }
 
-// Columns worked on at once: fewer where there would not be work for every thread.
-int64_t column_chunk(int64_t columns, int64_t most, int64_t tiles, const Host& host) {
-  int64_t chunk = most;
-  while (chunk > kPanel && ceil_div(columns, chunk) * tiles < 4 * host.threads) chunk /= 2;
-  return chunk;
-}
+// What the output and the gradient of the input share: tiles times runs of columns, with the weights in panels.
+class PanelProducts {
+ protected:
+  PanelProducts(const UpsampleConv& conv, bool across, int64_t depth, int64_t columns, const Host& host)
+      : conv_(conv), host_(host), across_(across), tiling_(conv, kPixels), panels_(conv, across) {
+    depth_ = std::min(depth, panels_.depth), stride_ = staged_channels(depth_);
+    chunk_ = columns;  // fewer where there would not be work for every thread
+    while (chunk_ > kPanel && tasks() < 4 * host.threads) chunk_ /= 2;
+  }
 
-class Forward {
+  int64_t tasks() const { return ceil_div(panels_.columns, chunk_) * tiling_.count(); }
+  int64_t workers() const { return std::min(host_.threads, tasks()); }
+
+  // f(worker, tile, column, columns) for all.
+  template <class F>
+  void run_tiles(float* panels, const F& f) const {
+    host_.parallel(panels_.panels(), [&](int64_t i) { pack_weights(conv_, across_, i, panels + i * panels_.panel()); });
+    share(host_, tasks(), [&](int64_t worker, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t column = i / tiling_.count() * chunk_;
+        f(worker, tiling_[i % tiling_.count()], column, std::min(chunk_, panels_.columns - column));
+      }
+    });
+  }
+
+  const UpsampleConv& conv_;
+  const Host& host_;
+  bool across_;
+  Tiling tiling_;
+  WeightPanels panels_;
+  int64_t depth_, stride_, chunk_;
+};
+
+class Forward : PanelProducts {
   static constexpr int64_t kDepth = 128, kColumns = 64;  // channels staged, outputs summed at once
 
   struct Scratch {
@@ -39,28 +65,17 @@ class Forward {
   };
 
  public:
-  Forward(const UpsampleConv& conv, const Host& host)
-      : conv_(conv), host_(host), tiling_(conv, kPixels), panels_(conv, false) {
-    depth_ = std::min(kDepth, conv.channels), stride_ = staged_channels(depth_);
-    chunk_ = column_chunk(conv.outputs, kColumns, tiling_.count(), host);
-    tasks_ = ceil_div(conv.outputs, chunk_) * tiling_.count();
-  }
+  Forward(const UpsampleConv& conv, const Host& host) : PanelProducts(conv, false, kDepth, kColumns, host) {}
 
   int64_t scratch_bytes() const {
     int64_t bytes;
-    scratch(nullptr, std::min(host_.threads, tasks_) - 1, &bytes);
+    scratch(nullptr, workers() - 1, &bytes);
     return bytes;
   }
 
   void run(void* base) const {
-    float* panels = scratch(base, 0).panels;
-    host_.parallel(panels_.panels(), [&](int64_t i) { pack_weights(conv_, false, i, panels + i * panels_.panel()); });
-    share(host_, tasks_, [&](int64_t worker, int64_t begin, int64_t end) {
-      Scratch s = scratch(base, worker);
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t column = i / tiling_.count() * chunk_;
-        tile(tiling_[i % tiling_.count()], column, std::min(chunk_, conv_.outputs - column), s);
-      }
+    run_tiles(scratch(base, 0).panels, [&](int64_t worker, const Tile& t, int64_t column, int64_t columns) {
+      tile(t, column, columns, scratch(base, worker));
     });
   }
 
@@ -133,16 +148,10 @@ class Forward {
                        s.rows + a * row, kPanel);
       }
   }
-
-  const UpsampleConv& conv_;
-  const Host& host_;
-  Tiling tiling_;
-  WeightPanels panels_;
-  int64_t depth_, stride_, chunk_, tasks_;
 };
 
 // The gradient of the input: nine products of the gradient's planes, all summed in one place.
-class InputGradient {
+class InputGradient : PanelProducts {
   static constexpr int64_t kDepth = 64, kColumns = 256;
 
   struct Scratch {
@@ -152,27 +161,17 @@ class InputGradient {
 
  public:
   InputGradient(const UpsampleConvBackward& backward, const Host& host)
-      : b_(backward), conv_(backward.forward), host_(host), tiling_(conv_, kPixels), panels_(conv_, true) {
-    depth_ = std::min(kDepth, conv_.outputs), stride_ = staged_channels(depth_);
-    chunk_ = column_chunk(conv_.channels, kColumns, tiling_.count(), host);
-    tasks_ = ceil_div(conv_.channels, chunk_) * tiling_.count();
-  }
+      : PanelProducts(backward.forward, true, kDepth, kColumns, host), b_(backward) {}
 
   int64_t scratch_bytes() const {
     int64_t bytes;
-    scratch(nullptr, std::min(host_.threads, tasks_) - 1, &bytes);
+    scratch(nullptr, workers() - 1, &bytes);
     return bytes;
   }
 
   void run(void* base) const {
-    float* panels = scratch(base, 0).panels;
-    host_.parallel(panels_.panels(), [&](int64_t i) { pack_weights(conv_, true, i, panels + i * panels_.panel()); });
-    share(host_, tasks_, [&](int64_t worker, int64_t begin, int64_t end) {
-      Scratch s = scratch(base, worker);
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t column = i / tiling_.count() * chunk_;
-        tile(tiling_[i % tiling_.count()], column, std::min(chunk_, conv_.channels - column), s);
-      }
+    run_tiles(scratch(base, 0).panels, [&](int64_t worker, const Tile& t, int64_t column, int64_t columns) {
+      tile(t, column, columns, scratch(base, worker));
     });
   }
 
@@ -212,11 +211,6 @@ class InputGradient {
   }
 
   const UpsampleConvBackward& b_;
-  const UpsampleConv& conv_;
-  const Host& host_;
-  Tiling tiling_;
-  WeightPanels panels_;
-  int64_t depth_, stride_, chunk_, tasks_;
 };
 
 // The gradient of the weights: a block of inputs times outputs at a time, over all pixels.

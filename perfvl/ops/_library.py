@@ -37,6 +37,33 @@ def check_matrix(op: str, argument: str, value: object, query: Tensor | None = N
         bad_value(op, argument, f"device {value.device}", f"the query's device {query.device}")
 
 
+def check_tensor(op: str, argument: str, value: object, dims: int, beside: Tensor) -> None:
+    """`value` must be a strided, floating-point tensor of `dims` dimensions, of the device and dtype of `beside`.
+
+    For operands of one convolution or product: autocast, where it is on, makes the dtypes equal.
+    """
+    if not isinstance(value, Tensor):
+        bad_type(op, argument, type(value).__name__, "a torch.Tensor")
+    if value.dtype not in FLOATING:
+        bad_type(op, argument, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
+    if value.layout is not torch.strided:
+        bad_type(op, argument, value.layout, "a dense (strided) tensor")
+    if value.dim() != dims:
+        bad_value(op, argument, f"shape {tuple(value.shape)}", f"{dims} dimensions")
+    if value.device != beside.device:
+        bad_value(op, argument, f"device {value.device}", f"the input's device {beside.device}")
+    if value.dtype != beside.dtype and autocast_dtype(beside) is None:
+        bad_type(op, argument, value.dtype, f"the input's dtype {beside.dtype}")
+
+
+def autocast_dtype(beside: Tensor) -> torch.dtype | None:
+    """What autocast makes of the operands of a convolution or product, if it is on; float64 it leaves alone."""
+    device = beside.device.type
+    if beside.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def check_temperature(op: str, value: object, query: Tensor) -> None:
     """A float that is finite and not zero (negative is allowed), or a one-element floating tensor beside `query`."""
     if isinstance(value, Tensor):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import FLOATING, LIBRARY, bad_type, bad_value, refuse_second_derivative
+from perfvl.ops._library import LIBRARY, autocast_dtype, bad_value, check_tensor, refuse_second_derivative
 from perfvl.ops.depthwise_conv import dense
 from perfvl.reference import conditioning as reference
 from perfvl.reference.conditioning import PROJECTION_CODES, PROJECTIONS
@@ -66,7 +66,7 @@ def conditioned_conv2d(input: Tensor, condition: Tensor, weight: Tensor, *, bias
 def _check(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     op = "conditioned_conv2d"
     for name, value, dims in (("input", input, 4), ("condition", condition, 2), ("weight", weight, 4)):
-        _check_tensor(op, name, value, dims, input)
+        check_tensor(op, name, value, dims, input)
     if 0 in input.shape[1:]:
         bad_value(op, "input", f"shape {tuple(input.shape)}", "at least one channel and one pixel")
     if condition.shape[0] != input.shape[0] or condition.shape[1] == 0:
@@ -78,32 +78,9 @@ def _check(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None
         )
         bad_value(op, "weight", f"shape {tuple(weight.shape)}", expected)
     if bias is not None:
-        _check_tensor(op, "bias", bias, 1, input)
+        check_tensor(op, "bias", bias, 1, input)
         if bias.shape[0] != weight.shape[0]:
             bad_value(op, "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
-
-
-def _check_tensor(op: str, name: str, value: object, dims: int, beside: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        bad_type(op, name, type(value).__name__, "a torch.Tensor")
-    if value.dtype not in FLOATING:
-        bad_type(op, name, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
-    if value.layout is not torch.strided:
-        bad_type(op, name, value.layout, "a dense (strided) tensor")
-    if value.dim() != dims:
-        bad_value(op, name, f"shape {tuple(value.shape)}", f"{dims} dimensions")
-    if value.device != beside.device:
-        bad_value(op, name, f"device {value.device}", f"{beside.device}, as the other tensors")
-    if value.dtype != beside.dtype and _autocast_dtype(beside) is None:
-        bad_type(op, name, value.dtype, f"{beside.dtype}, as the other tensors")
-
-
-def _autocast_dtype(beside: Tensor) -> torch.dtype | None:
-    """What autocast makes of the tensors of a product, if it is on; float64 it leaves alone."""
-    device = beside.device.type
-    if beside.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _has_kernel(input: Tensor) -> bool:
@@ -174,7 +151,7 @@ def conditioning_augmentation(
         torch.Size([16, 128])
     """
     _check_augmentation(text, weight, bias, eps, activation)
-    dtype = _autocast_dtype(text)
+    dtype = autocast_dtype(text)
     if dtype is not None:
         text, weight, bias = text.to(dtype), weight.to(dtype), bias.to(dtype)
     eps = eps.to(text.dtype)
@@ -195,7 +172,7 @@ def _without_autocast(device: str) -> Any:
 def _check_augmentation(text: Tensor, weight: Tensor, bias: Tensor, eps: Tensor, activation: str) -> None:
     op = "conditioning_augmentation"
     for name, value, dims in (("text", text, 2), ("weight", weight, 2), ("bias", bias, 1), ("eps", eps, 2)):
-        _check_tensor(op, name, value, dims, text)
+        check_tensor(op, name, value, dims, text)
     if activation not in PROJECTIONS:
         bad_value(op, "activation", repr(activation), f"one of {', '.join(PROJECTIONS)}")
     parts = 4 if activation == "glu" else 2

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from perfvl import backends
 from perfvl.ops import separable_conv_cuda
-from perfvl.ops._library import FLOATING, LIBRARY, bad_type, bad_value, refuse_second_derivative
+from perfvl.ops._library import (
+    FLOATING,
+    LIBRARY,
+    autocast_dtype,
+    bad_type,
+    bad_value,
+    check_tensor,
+    refuse_second_derivative,
+)
 from perfvl.ops.depthwise_conv import dense, is_channels_last, output_size
 from perfvl.reference import separable_conv as reference
 from perfvl.reference.activation import ACTIVATIONS, CODES
@@ -133,9 +141,9 @@ def check_layer(
     activation: str,
 ) -> Layer:
     """Everything but `residual`: shapes, dtypes, devices; the padding in pixels, the size of the output."""
-    _check_tensor(op, "input", input, 4, input)
-    _check_tensor(op, "depthwise_weight", depthwise_weight, 4, input)
-    _check_tensor(op, "pointwise_weight", pointwise_weight, 4, input)
+    check_tensor(op, "input", input, 4, input)
+    check_tensor(op, "depthwise_weight", depthwise_weight, 4, input)
+    check_tensor(op, "pointwise_weight", pointwise_weight, 4, input)
     channels, inner = input.shape[1], depthwise_weight.shape[0]
     if channels == 0 or inner == 0 or inner % channels or depthwise_weight.shape[1] != 1:
         expected = f"({channels} m, 1, kh, kw) for an input of {channels} channels"
@@ -143,7 +151,7 @@ def check_layer(
     if pointwise_weight.shape[1:] != (inner, 1, 1) or pointwise_weight.shape[0] == 0:
         bad_value(op, "pointwise_weight", f"shape {tuple(pointwise_weight.shape)}", f"(O, {inner}, 1, 1)")
     if bias is not None:
-        _check_tensor(op, "bias", bias, 1, input)
+        check_tensor(op, "bias", bias, 1, input)
         if bias.shape[0] != pointwise_weight.shape[0]:
             bad_value(op, "bias", f"shape {tuple(bias.shape)}", f"({pointwise_weight.shape[0]},)")
     for name, value in (("pre_activation", pre_activation), ("activation", activation)):
@@ -159,29 +167,6 @@ def check_layer(
         bad_value(op, "depthwise_weight", got, f"at least one pixel, and at most the padded input's {padded}")
     output_size = tuple((p - r) // s + 1 for p, r, s in zip(padded, reach, strides, strict=True))
     return Layer(output_size, strides, pad, dilations, pre_activation, activation)
-
-
-def _check_tensor(op: str, name: str, value: object, dims: int, input: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        bad_type(op, name, type(value).__name__, "a torch.Tensor")
-    if value.dtype not in FLOATING:
-        bad_type(op, name, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
-    if value.layout is not torch.strided:
-        bad_type(op, name, value.layout, "a dense (strided) tensor")
-    if value.dim() != dims:
-        bad_value(op, name, f"shape {tuple(value.shape)}", f"{dims} dimensions")
-    if value.device != input.device:
-        bad_value(op, name, f"device {value.device}", f"the input's device {input.device}")
-    if value.dtype != input.dtype and not _autocast_dtype(input):
-        bad_type(op, name, value.dtype, f"the input's dtype {input.dtype}")
-
-
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What autocast makes of the tensors of `F.conv2d`, if it is on; float64 it leaves alone."""
-    device = input.device.type
-    if input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _pair(op: str, name: str, value: Any, least: int) -> list[int]:
@@ -294,7 +279,7 @@ def run_with_statistics(
 
 def _cast(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """As autocast does for `F.conv2d`."""
-    dtype = _autocast_dtype(input)
+    dtype = autocast_dtype(input)
     return (input, *others) if dtype is None else tuple(None if t is None else t.to(dtype) for t in (input, *others))
 
 

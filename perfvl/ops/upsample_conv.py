@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perfvl import backends
 from perfvl.ops import upsample_conv_transposed as transposed
-from perfvl.ops._library import FLOATING, LIBRARY, bad_type, bad_value, refuse_second_derivative
+from perfvl.ops._library import LIBRARY, autocast_dtype, bad_value, check_tensor, refuse_second_derivative
 from perfvl.ops.depthwise_conv import dense
 from perfvl.ops.separable_conv import NO_AFFINE, Affine
 from perfvl.reference import upsample_conv as reference
@@ -51,7 +51,8 @@ def upsample_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     Cost: 18 N H W C O FLOP forward on the CPU (nine products for each pixel of the input), 32 on CUDA, where the
     convolution of the upsampled image takes 72; twice that backward. Reads `input`, writes the output; saves `input`
     and `weight`. The nine products add and subtract neighbouring pixels first: float32 results differ from the plain
-    definition's by a few ulps more, and an output that sees an infinite pixel may be NaN.
+    definition's by a few ulps more, and an output that sees an infinite pixel may be NaN. In bfloat16 on CPUs with AMX
+    the library's convolutions run, transposed or of the upsampled image by the number of pixels.
 
     Example:
         >>> import torch
@@ -68,41 +69,18 @@ def upsample_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
 
 def check(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
     """Shapes, dtypes, devices and the name of the activation."""
-    _check_tensor(op, "input", input, 4, input)
-    _check_tensor(op, "weight", weight, 4, input)
+    check_tensor(op, "input", input, 4, input)
+    check_tensor(op, "weight", weight, 4, input)
     if 0 in input.shape[1:]:
         bad_value(op, "input", f"shape {tuple(input.shape)}", "at least one channel and one pixel")
     if weight.shape[0] == 0 or weight.shape[1:] != (input.shape[1], 3, 3):
         bad_value(op, "weight", f"shape {tuple(weight.shape)}", f"(O, {input.shape[1]}, 3, 3)")
     if bias is not None:
-        _check_tensor(op, "bias", bias, 1, input)
+        check_tensor(op, "bias", bias, 1, input)
         if bias.shape[0] != weight.shape[0]:
             bad_value(op, "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
     if activation not in ACTIVATIONS:
         bad_value(op, "activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
-
-
-def _check_tensor(op: str, name: str, value: object, dims: int, input: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        bad_type(op, name, type(value).__name__, "a torch.Tensor")
-    if value.dtype not in FLOATING:
-        bad_type(op, name, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
-    if value.layout is not torch.strided:
-        bad_type(op, name, value.layout, "a dense (strided) tensor")
-    if value.dim() != dims:
-        bad_value(op, name, f"shape {tuple(value.shape)}", f"{dims} dimensions")
-    if value.device != input.device:
-        bad_value(op, name, f"device {value.device}", f"the input's device {input.device}")
-    if value.dtype != input.dtype and not _autocast_dtype(input):
-        bad_type(op, name, value.dtype, f"the input's dtype {input.dtype}")
-
-
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What autocast makes of the tensors of `F.conv2d`, if it is on; float64 it leaves alone."""
-    device = input.device.type
-    if input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def run(
@@ -115,7 +93,7 @@ def run(
 ) -> Tensor:
     """The convolution of checked arguments. Where nothing learns, a batch norm `post` [O] (its shift has the bias)
     joins it."""
-    dtype = _autocast_dtype(input)
+    dtype = autocast_dtype(input)
     if dtype is not None:
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if post is NO_AFFINE:
