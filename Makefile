@@ -6,13 +6,17 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h tests/native/*.cu)
 
-.PHONY: bench test lint format readme clean
+.PHONY: bench test gpu-check lint format readme clean
 
 bench: $(VENV)/installed ## microbenchmarks; BENCH="--quick --html report.html" passes options
 	$(PY) -m perfvl bench $(BENCH)
 
 test: $(VENV)/installed ## the whole test suite; TEST="-k info_nce" passes options
 	$(PY) -m pytest $(TEST)
+
+# No environment of its own: the CUDA builds of torch and triton that this Python has are what is checked.
+gpu-check: ## build, test, sanitize and benchmark on a GPU; GPU_CHECK="test bench" chooses stages
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

@@ -28,7 +28,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--op", action="append", choices=sorted(registry.MODULES), help="only this op (default: all); may be repeated"
     )
-    options.add_argument("--workload", metavar="TEXT", help="only workloads whose name contains or matches TEXT")
+    options.add_argument(
+        "--workload",
+        action="append",
+        metavar="TEXT",
+        help="only workloads whose name has or matches TEXT; repeatable",
+    )
     options.add_argument("--quick", action="store_true", help="a short subset")
     options.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where available"
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 1 where perfvl failed or gave a wrong answer, or 2 where nothing could be run."""
     options = parser().parse_args(argv)
     ops = options.op or [None]
-    chosen = [w for op in ops for w in registry.workloads(op, options.workload, quick=options.quick)]
+    chosen = [w for op in ops for w in registry.workloads(op, *options.workload or (), quick=options.quick)]
     if not chosen:
         print("No workload has such a name; see --list.", file=sys.stderr)
         return 2

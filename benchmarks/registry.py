@@ -22,16 +22,16 @@ MODULES = {
 }
 
 
-def workloads(op: str | None = None, pattern: str | None = None, *, quick: bool = False) -> list[Workload]:
-    """The workloads of one op or of all, with names that contain ``pattern`` (or match it as a glob)."""
+def workloads(op: str | None = None, *patterns: str, quick: bool = False) -> list[Workload]:
+    """The workloads of one op or of all, with names that contain any of ``patterns`` (or match it as a glob)."""
     if op is not None and op not in MODULES:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(MODULES)}")
     found: list[Workload] = []
     for name in [op] if op is not None else MODULES:
         for module in MODULES[name]:
             found.extend(importlib.import_module(f"{__package__}.{module}").WORKLOADS)
-    if pattern is not None:
-        found = [w for w in found if pattern in w.name or fnmatch.fnmatchcase(w.name, pattern)]
+    if patterns:
+        found = [w for w in found if any(p in w.name or fnmatch.fnmatchcase(w.name, p) for p in patterns)]
     return [w for w in found if w.quick or not quick]
 
 

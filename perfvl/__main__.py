@@ -1,4 +1,4 @@
-"""``python -m perfvl info`` (what runs where, and why) and ``python -m perfvl bench`` (microbenchmarks)."""
+"""``python -m perfvl info`` (what runs where, and why), ``bench`` (microbenchmarks) and ``gpu-check`` (of a checkout)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ def main(argv: list[str]) -> int:
         from perfvl.benchmarks.__main__ import main as bench
 
         return bench(rest)
-    print("usage: python -m perfvl info\n       python -m perfvl bench [--help]", file=sys.stderr)
+    if command == "gpu-check":
+        from perfvl.benchmarks.gpu_check import main as gpu_check
+
+        return gpu_check(rest)
+    usage = ("info", "bench [--help]", "gpu-check [--help]")
+    print(
+        "\n".join(f"{'usage:' if i == 0 else '      '} python -m perfvl {u}" for i, u in enumerate(usage)),
+        file=sys.stderr,
+    )
     return 0 if command in ("-h", "--help") else 2
 
 

@@ -1,14 +1,19 @@
 """Poisoned memory for every test: what a kernel forgets to write shows up as NaN, in Python and in C++."""
 
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms ask for
+torch.backends.cudnn.allow_tf32 = False  # else tests of convolutions on CUDA would compare two roundings to 11 bits
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     # Fills every torch allocation, those inside the compiled ops included, with NaN (integers: the largest value).
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     yield
     torch.use_deterministic_algorithms(before)
 

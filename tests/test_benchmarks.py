@@ -440,7 +440,7 @@ class TestInfoNCEWorkloads:
         everything = registry.workloads()
         assert len({w.name for w in everything}) == len(everything)
         assert 0 < len(registry.workloads(quick=True)) < len(everything)
-        assert [w.name for w in registry.workloads(pattern="moco-b32-k4096*")] == ["moco-b32-k4096-d128-float32"]
+        assert [w.name for w in registry.workloads(None, "moco-b32-k4096*")] == ["moco-b32-k4096-d128-float32"]
         with pytest.raises(ValueError, match="expected one of"):
             registry.workloads("no such op")
 

@@ -207,7 +207,7 @@ class TestRegistry:
 
     @pytest.mark.parametrize("name", ["ema-50x1m-bfloat16-to-bfloat16", "brivl-step-b16-k16384-d2560"])
     def test_the_small_copy_that_warms_libraries_up_is_right_and_small(self, name: str) -> None:
-        (workload,) = registry.workloads(pattern=name)
+        (workload,) = registry.workloads(None, name)
         small = workload.shrunk()
         assert workload.memory
         assert row_of(small, workload.contenders["perfvl"])["match"]

@@ -26,7 +26,7 @@ inline bool inside(int64_t k, Place at, int64_t size) {
 template <class F>
 void spread(const Host& host, int64_t tasks, int64_t elements, const F& f) {
   constexpr int64_t kShare = 32 << 10;  // elements that are worth a thread
-  int64_t shares = std::clamp<int64_t>(elements / kShare, 1, std::min(host.threads, tasks));
+  int64_t shares = std::max<int64_t>(std::min({elements / kShare, host.threads, tasks}), 1);
   host.parallel(shares, [&](int64_t share) {
     for (int64_t i = tasks * share / shares; i < tasks * (share + 1) / shares; ++i) f(i);
   });

@@ -1,6 +1,7 @@
 // The CPU kernels of every ISA level on numpy arrays, with a host that is as plain as can be.
 #include <thread>
 
+#include "condition.h"
 #include "convolution.h"
 #include "cpu/isa.h"
 #include "heads.h"
@@ -265,6 +266,43 @@ py::dict upsample_conv_backward(const std::string& level, int64_t threads, bool 
   return found;
 }
 
+py::array condition_taps(const std::string& level, int64_t threads, bool reverse, const py::array& condition,
+                         const py::array& weight) {
+  const ConditioningKernel& kernel = *level_named(level).conditioning;
+  Inputs inputs;
+  int64_t batch = condition.shape(0), outputs = weight.shape(0);
+  Guarded taps(4 * batch * 9 * outputs);
+  ConditionTaps problem{matrix(inputs, condition), image(inputs.add(weight), weight), outputs, taps.data<float>()};
+  with_scratch(kernel.taps_scratch_bytes(problem),
+               [&](void* scratch) { kernel.condition_taps(problem, scratch, host(threads, reverse)); });
+  return taps.array(py::dtype::of<float>(), {batch, 9, outputs}, "taps");
+}
+
+py::array add_taps(const std::string& level, int64_t threads, bool reverse, const py::array& x, const py::array& taps,
+                   bool channels_last) {
+  return with_taps(x, taps, channels_last, [&](const AddTaps& problem) {
+    level_named(level).conditioning->add_taps(problem, host(threads, reverse));
+  });
+}
+
+py::array tap_sums(const std::string& level, int64_t threads, bool reverse, const py::array& grad) {
+  return sums_of_taps(grad, [&](const TapSums& problem) {
+    level_named(level).conditioning->tap_sums(problem, host(threads, reverse));
+  });
+}
+
+py::tuple augment(const std::string& level, const py::array& projected, const py::array& eps, int activation) {
+  return augmented(projected, eps, activation,
+                   [&](const Augmentation& problem) { level_named(level).conditioning->augment(problem); });
+}
+
+py::array augment_backward(const std::string& level, const std::array<Optional, 4>& upstream, const py::array& mu,
+                           const py::array& logvar, const py::array& eps, const Optional& projected, int activation) {
+  return differentiate_augmentation(
+      upstream, mu, logvar, eps, projected, activation,
+      [&](const AugmentationBackward& problem) { level_named(level).conditioning->augment_backward(problem); });
+}
+
 std::vector<std::string> levels() {
   std::vector<std::string> names;
   for (const Level* level = levels_begin(); level->name; ++level)
@@ -303,6 +341,11 @@ PYBIND11_MODULE(native_cpu, m) {
   m.def("separable_conv_backward", separable_conv_backward);
   m.def("upsample_conv", upsample_conv);
   m.def("upsample_conv_backward", upsample_conv_backward);
+  m.def("condition_taps", condition_taps);
+  m.def("add_taps", add_taps);
+  m.def("tap_sums", tap_sums);
+  m.def("augment", augment);
+  m.def("augment_backward", augment_backward);
   m.def("small_loss_mask", small_loss_mask, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("losses"),
         py::arg("keep_rate"), py::kw_only(), py::arg("keep_rates") = py::none(), py::arg("candidates") = py::none());
   m.def("twin_loss", twin_loss, py::arg("level"), py::arg("threads"), py::arg("reverse"), py::arg("logits1"),

@@ -1,4 +1,6 @@
 // perfvl's CUDA kernels and the emulator's own test kernels, on numpy arrays.
+#include "condition.h"
+#include "cuda/conditioning.h"
 #include "cuda/gan_loss.h"
 #include "cuda/key_queue.h"
 #include "cuda/momentum_update.h"
@@ -24,6 +26,31 @@ py::array scale_rows(const py::array& rows, const py::array& scale, const py::dt
   expect_success(perfvl::cuda::scale_rows(from.matrix(), factors.data<float>(), scale.strides(0) / 4, out_dtype,
                                           out.data(), nullptr));
   return out.array(dtype, {rows.shape(0), rows.shape(1)}, "out");
+}
+
+py::array add_taps(const py::array& x, const py::array& taps, bool channels_last) {
+  return with_taps(x, taps, channels_last,
+                   [](const perfvl::AddTaps& problem) { expect_success(perfvl::cuda::add_taps(problem, nullptr)); });
+}
+
+py::array tap_sums(const py::array& grad) {
+  return sums_of_taps(grad,
+                      [](const perfvl::TapSums& problem) { expect_success(perfvl::cuda::tap_sums(problem, nullptr)); });
+}
+
+py::tuple augment(const py::array& projected, const py::array& eps, int activation) {
+  return augmented(projected, eps, activation, [](const perfvl::Augmentation& problem) {
+    with_scratch(perfvl::cuda::augment_scratch_bytes(problem),
+                 [&](void* scratch) { expect_success(perfvl::cuda::augment(problem, scratch, nullptr)); });
+  });
+}
+
+py::array augment_backward(const std::array<Optional, 4>& upstream, const py::array& mu, const py::array& logvar,
+                           const py::array& eps, const Optional& projected, int activation) {
+  return differentiate_augmentation(upstream, mu, logvar, eps, projected, activation,
+                                    [](const perfvl::AugmentationBackward& problem) {
+                                      expect_success(perfvl::cuda::augment_backward(problem, nullptr));
+                                    });
 }
 
 py::tuple gan_loss(const std::vector<py::array>& logits, const std::vector<double>& targets,
@@ -106,6 +133,11 @@ PYBIND11_MODULE(native_cuda, m) {
 
   m.def("scale_rows", scale_rows, py::arg("rows"), py::arg("scale"), py::arg("dtype"), py::arg("row_shift") = 0,
         py::arg("scale_shift") = 0);
+
+  m.def("add_taps", add_taps);
+  m.def("tap_sums", tap_sums);
+  m.def("augment", augment);
+  m.def("augment_backward", augment_backward);
 
   m.def("gan_loss", gan_loss, py::arg("logits"), py::arg("targets"), py::arg("weights"), py::arg("exact"),
         py::arg("with_grad") = true);
