@@ -47,9 +47,8 @@ Stage = Callable[[argparse.Namespace], "list[list[str]]"]
 
 def build(options: argparse.Namespace) -> list[list[str]]:
     """Installs the checkout in place. PERFVL_CUDA_ARCHS is set by :func:`environment`."""
-    return [
-        [sys.executable, *["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e"], str(ROOT)]
-    ]
+    offline = ["--no-build-isolation", "--no-deps", "--no-index"]
+    return [[sys.executable, "-m", "pip", "install", *offline, "--editable", str(ROOT)]]
 
 
 def info(options: argparse.Namespace) -> list[list[str]]:
@@ -61,13 +60,14 @@ def test(options: argparse.Namespace) -> list[list[str]]:
     """In parallel where pytest-xdist is installed."""
     parallel = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     files = [str(ROOT / "tests" / name) for name in TESTS]
-    return [[sys.executable, "-m", "pytest", *files, "-k", "cuda", "-q", *parallel]]
+    one_thread = ["env", "TORCHINDUCTOR_COMPILE_THREADS=1", "OMP_NUM_THREADS=1"]
+    return [[*one_thread, sys.executable, "-m", "pytest", *files, "-k", "cuda", "-q", *parallel]]
 
 
 def sanitize(options: argparse.Namespace) -> list[list[str]]:
     """Without torch's cache of blocks, so that each tensor has bounds of its own."""
     cases = [sys.executable, str(ROOT / "tests" / "cuda_cases.py")]
-    tool = [*["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1", "--tool"]]
+    tool = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1", "--tool"]
     return [[*tool, "memcheck", *cases, "samples"], [*tool, "racecheck", *cases, "small"]]
 
 

@@ -1,4 +1,4 @@
-"""``python -m perfvl info`` (what runs where, and why), ``bench`` (microbenchmarks) and ``gpu-check`` (of a checkout)."""
+"""``python -m perfvl info`` (what runs where, and why), ``bench`` and ``gpu-check``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ def main(argv: list[str]) -> int:
         from perfvl.benchmarks.gpu_check import main as gpu_check
 
         return gpu_check(rest)
-    usage = ("info", "bench [--help]", "gpu-check [--help]")
-    print(
-        "\n".join(f"{'usage:' if i == 0 else '      '} python -m perfvl {u}" for i, u in enumerate(usage)),
-        file=sys.stderr,
-    )
+    print("usage: python -m perfvl info | bench [--help] | gpu-check [--help]", file=sys.stderr)
     return 0 if command in ("-h", "--help") else 2
 
 
