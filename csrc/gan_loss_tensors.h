@@ -23,15 +23,15 @@ inline GanLossOutputs gan_loss_arguments(const TensorList& logits, const std::ve
   for (size_t k = 0; k < logits.size(); ++k) {
     GanHead& head = loss.heads[k];
     int64_t *sizes, *strides;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(logits[k], &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(logits[k], &strides));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(logits[k], &head.logits));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(logits[k], &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(logits[k], &strides));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(logits[k], &head.logits));
     head.rows = sizes[0], head.stride = strides[0];
     head.target = float(targets[k]), head.complement = float(1.0 - targets[k]), head.weight = float(weights[k]);
     rows += head.rows;
   }
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(logits[0], &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(logits[0], &dtype));
   loss.dtype = dtype_of(dtype);
   auto floats = [&](const std::vector<int64_t>& sizes) {
     return empty_dense(sizes, aoti_torch_dtype_float32(), device_type, device);

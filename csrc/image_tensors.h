@@ -27,9 +27,9 @@ inline Tensor empty_image(const Tensor& beside, int64_t n, int64_t c, int64_t h,
   int64_t sizes[] = {n, c, h, w};
   int64_t last[] = {h * w * c, 1, w * c, c}, first[] = {c * h * w, h * w, w, 1};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, is_channels_last(beside) ? last : first,
-                                                         shim_dtype(dtype_of(beside.scalar_type())), device_type,
-                                                         device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, is_channels_last(beside) ? last : first,
+                                                  shim_dtype(dtype_of(beside.scalar_type())), device_type, device,
+                                                  &handle));
   return Tensor(handle);
 }
 

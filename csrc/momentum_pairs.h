@@ -25,13 +25,13 @@ struct Flat {
 inline Flat flat(AtenTensorHandle t) {
   Flat f{};
   f.tensor = t;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &f.dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t, &f.count));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &f.sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &f.dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &f.device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t, &f.device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t, &f.contiguous));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &f.dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t, &f.count));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &f.sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &f.dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &f.device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t, &f.device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t, &f.contiguous));
   return f;
 }
 
@@ -43,8 +43,8 @@ inline bool flat_alike(const Flat& a, const Flat& b) {
     return false;
   if (a.contiguous && b.contiguous) return true;
   int64_t *strides, *others;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(a.tensor, &strides));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(b.tensor, &others));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(a.tensor, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(b.tensor, &others));
   std::vector<std::pair<int64_t, int64_t>> axes;
   for (int64_t i = 0; i < a.dim; ++i) {
     if (a.sizes[i] == 1) continue;
@@ -101,9 +101,7 @@ inline std::vector<MomentumPair> momentum_pairs(const TensorList& targets, const
                   "momentum_update_: lists of different lengths");
   std::vector<MomentumPair> pairs;
   pairs.reserve(count);
-  auto write = [](AtenTensorHandle t, void** data) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(t, data));
-  };
+  auto write = [](AtenTensorHandle t, void** data) { TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(t, data)); };
   Flat first{};
   for (size_t i = 0; i < count; ++i) {
     Flat target = flat(targets[i]), source = flat(sources[i]);
@@ -121,7 +119,7 @@ inline std::vector<MomentumPair> momentum_pairs(const TensorList& targets, const
     if (pair.count == 0) continue;
     write(targets[i], &pair.target);
     if (copied) write(copies[i], &pair.copy);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(sources[i], &pair.source));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(sources[i], &pair.source));
     pairs.push_back(pair);
   }
   STD_TORCH_CHECK(written_once(pairs), "momentum_update_: tensors that are written share memory");

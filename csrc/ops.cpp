@@ -33,9 +33,9 @@ void run_parallel(int64_t n, void* state, void (*body)(void*, int64_t)) {
 Tensor view_float(const float* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
   int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes, strides, 0,
-                                                                   aoti_torch_dtype_float32(),
-                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes, strides, 0,
+                                                            aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
+                                                            &handle));
   return Tensor(handle);
 }
 
@@ -58,8 +58,7 @@ void gemm(void*, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c
   Tensor left = view_float(a.data, m, k, a.row_stride, a.col_stride);
   Tensor right = view_float(b.data, k, n, b.row_stride, b.col_stride);
   Tensor out = view_float(c, m, n, c_stride, 1);
-  STABLE_TORCH_ERROR_CODE_CHECK(accumulate
-                                    ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0)
+  TORCH_ERROR_CODE_CHECK(accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0)
                                     : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 

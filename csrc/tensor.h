@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <vector>
 
@@ -45,14 +46,14 @@ class TensorList {
  public:
   explicit TensorList(StableListHandle list) {
     size_t count;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
     handles_.reserve(count);
     for (size_t i = 0; i < count; ++i) {
       StableIValue value;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &value));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &value));
       handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(value));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   }
   TensorList(TensorList&&) noexcept = default;
   TensorList& operator=(TensorList&&) = delete;
@@ -94,8 +95,8 @@ inline Tensor empty_dense(const std::vector<int64_t>& sizes, int32_t dtype,
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         device_type, device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  device_type, device, &handle));
   return Tensor(handle);
 }
 

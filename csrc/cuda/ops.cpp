@@ -29,7 +29,7 @@ namespace {
 
 void* current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
 
@@ -50,7 +50,7 @@ void momentum_update(const TensorList& targets, const TensorList& sources, doubl
   std::vector<MomentumPair> pairs = momentum_pairs(targets, sources, copies);
   if (pairs.empty()) return;
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(targets[0], &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(targets[0], &device));
   torch::stable::accelerator::DeviceGuard guard(device);
   MomentumWeights weights = momentum_weights(momentum, momentum_tensor, convex);
   STD_CUDA_CHECK(
@@ -72,7 +72,7 @@ GanLossOutputs gan_loss(const TensorList& logits, std::vector<double> targets, s
                         bool with_grad) {
   STD_TORCH_CHECK(logits.size() > 0, "gan_loss: no head");
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(logits[0], &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(logits[0], &device));
   torch::stable::accelerator::DeviceGuard guard(device);
   GanLoss loss{};
   GanLossOutputs outputs =
