@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perfvl.ops.separable_conv import NO_AFFINE, Affine, Layer, check_layer, run, run_with_statistics
@@ -140,7 +139,9 @@ class Deferred(NamedTuple):
         # The evaluation mode of batch norm is one pass forward, and two backward, that torch has for every device.
         channels = value.shape[1]
         zero, one = value.new_zeros(channels, dtype=scale.dtype), value.new_ones(channels, dtype=scale.dtype)
-        y = ACTIVATIONS[activation](F.batch_norm(value, zero, one, scale, shift, False, 0.0, 0.0))
+        cudnn = torch.backends.cudnn.enabled
+        normed = torch.batch_norm(value, scale, shift, zero, one, False, 0.0, 0.0, cudnn)  # F.batch_norm refuses eps 0
+        y = ACTIVATIONS[activation](normed)
         return y if residual is None else y + residual
 
 
