@@ -12,7 +12,8 @@ from .timing import clock_for
 
 
 def measure_ceilings(device: torch.device, *, seconds: float = 0.5) -> dict[str, float]:
-    """Best copy bandwidth (bytes read plus written) and best square matrix product rate in float32 and bfloat16.
+    """Best copy bandwidth (bytes read plus written) and best square matrix product rate in float32, bfloat16, and on a
+    GPU TF32.
 
     Best, not median: a ceiling that noise had lowered would flatter every fraction computed from it. The float32 rate
     is that of torch's current matmul precision setting. A workload whose inputs stay in cache may exceed the copy
@@ -25,6 +26,11 @@ def measure_ceilings(device: torch.device, *, seconds: float = 0.5) -> dict[str,
         product = _product(8192 if on_gpu else 2048, dtype, device)
         name = f"{str(dtype).removeprefix('torch.')}_flops_per_second"
         ceilings[name] = product.work / _best(product.call, device, seconds)
+        if on_gpu and dtype == torch.float32:
+            before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = True
+            ceilings["tf32_flops_per_second"] = product.work / _best(product.call, device, seconds)
+            torch.backends.cuda.matmul.allow_tf32 = before
     return ceilings
 
 

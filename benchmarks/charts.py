@@ -11,7 +11,7 @@ from typing import Any
 from . import text
 from .results import Record, Row, median
 
-PRECISION_COLOURS = {"float32": "#3b5ba5", "bfloat16": "#8a3ba5"}
+PRECISION_COLOURS = {"float32": "#3b5ba5", "tf32": "#3b9ba5", "bfloat16": "#8a3ba5"}
 
 
 def bars(workload: Record, value: Callable[[Row], float | None], label: Callable[[Row], str]) -> str:
@@ -98,7 +98,9 @@ def _draw_ceilings(axes: Any, ceilings: dict[str, float], points: list[tuple[int
     left, right = min(intensities) / 4, max(intensities) * 4
     bandwidth = ceilings["bytes_per_second"]
     for precision, colour in PRECISION_COLOURS.items():
-        peak = ceilings[f"{precision}_flops_per_second"]
+        peak = ceilings.get(f"{precision}_flops_per_second")
+        if peak is None:
+            continue
         corner = min(max(peak / bandwidth, left), right)
         axes.plot([left, corner, right], [min(left * bandwidth, peak), min(corner * bandwidth, peak), peak],
                   color=colour, linewidth=1.4, label=f"ceiling, {precision}")  # fmt: skip

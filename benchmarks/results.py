@@ -1,7 +1,8 @@
 """The results document: its schema, and the numbers that tables and charts derive from it.
 
     {"schema": "perfvl-benchmark", "schema_version": 1, "created", "machine": {...}, "settings": {...},
-     "ceilings": {"bytes_per_second", "float32_flops_per_second", "bfloat16_flops_per_second"},
+     "ceilings": {"bytes_per_second", "float32_flops_per_second", "bfloat16_flops_per_second",
+                  on a GPU "tf32_flops_per_second"},
      "memory_check": {"allocated_bytes", "measured_bytes": {...}},
      "workloads": [{"op", "name", "title", "params", "backward", "bytes", "flops", "rows": [
          {"contender", "role": perfvl|eager|peer|bound, "precision", "status": ok|unavailable|failed, "reason",
@@ -141,7 +142,8 @@ def perfvl_against(workload: Record, row: Row) -> float | None:
 
 def best_peer(workload: Record, ours: Row) -> Row | None:
     """The fastest contender with a right answer at perfvl's precision or a better one, eager included."""
-    allowed = {"float32": {"float32"}, "bfloat16": {"float32", "bfloat16"}}[ours["precision"]]
+    precisions = ("float32", "tf32", "bfloat16")
+    allowed = precisions[: precisions.index(ours["precision"]) + 1]
     peers = [
         row
         for row in workload["rows"]

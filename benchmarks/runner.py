@@ -37,16 +37,18 @@ def run_workload(
     try:
         inputs = workload.inputs(device, seed)
     except Unavailable as reason:
-        return _record(workload, [_row(name, c, "unavailable", str(reason)) for name, c in workload.contenders.items()])
+        return _record(
+            workload, [_row(workload, name, device, "unavailable", str(reason)) for name in workload.contenders]
+        )
     report("float64 truth", 0.0)
     truth = workload.expected(workload.truth(inputs))
     chosen = {name: contender for name, contender in workload.contenders.items() if not leave_out(contender)}
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Step] = {}
     call: Step | None = None
-    for done, (name, contender) in enumerate(chosen.items()):
+    for done, name in enumerate(chosen):
         report(f"checking {name}", 0.3 * done / len(chosen))
-        rows[name], call = _check(workload, name, contender, inputs, truth)
+        rows[name], call = _check(workload, name, device, inputs, truth)
         if call is not None:
             calls[name] = call
     interference = Interference()
@@ -82,11 +84,14 @@ def _record(workload: Workload, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _row(name: str, contender: Contender, status: str = "ok", reason: str | None = None) -> dict[str, Any]:
+def _row(
+    workload: Workload, name: str, device: torch.device, status: str = "ok", reason: str | None = None
+) -> dict[str, Any]:
+    contender = workload.contenders[name]
     return {
         "contender": name,
         "role": contender.role,
-        "precision": contender.precision,
+        "precision": workload.precision(contender, device),
         "status": status,
         "reason": reason,
         "seconds": None,
@@ -97,21 +102,21 @@ def _row(name: str, contender: Contender, status: str = "ok", reason: str | None
 
 
 def _check(
-    workload: Workload, name: str, contender: Contender, inputs: Tensors, truth: Tensors
+    workload: Workload, name: str, device: torch.device, inputs: Tensors, truth: Tensors
 ) -> tuple[dict[str, Any], Step | None]:
-    row = _row(name, contender)
+    contender, row = workload.contenders[name], _row(workload, name, device)
     try:
         call = workload.call(contender.build(inputs), inputs)
         found = workload.results(call, inputs)
         call()  # a second call, so that nothing lazy is left for the clock
     except Unavailable as reason:
-        return _row(name, contender, "unavailable", str(reason)), None
+        return _row(workload, name, device, "unavailable", str(reason)), None
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        return _row(name, contender, "failed", f"{type(error).__name__}: {lines[0]}"), None
+        return _row(workload, name, device, "failed", f"{type(error).__name__}: {lines[0]}"), None
     if contender.role != "bound":
         report = errors(found, truth)
-        row["match"] = matches(report, workload.tolerance[contender.precision])
+        row["match"] = matches(report, workload.tolerance[row["precision"]])
         row["error"] = {
             name: {kind: value if math.isfinite(value) else None for kind, value in error.items()}
             for name, error in report.items()

@@ -168,6 +168,7 @@ def workload(kind: str, stage: int, count: int, gf: int = 128, df: int = 64, blo
             "losses": losses_of(contender(plain, dtype=torch.float64, prepare=eager).build(inputs), params)
         },
         backward=False,
+        convolves=True,
         evaluate=lambda workload, step, inputs: {"losses": losses_of(step, params)},
         tolerance={"float32": 1e-3},
         shrink={"N": 2},

@@ -51,7 +51,7 @@ def test_contender(benchmark: Any, problems: dict[str, Any], workload: Workload,
     found = workload.results(call, inputs)
     if chosen.role != "bound":
         report = errors(found, workload.expected(truth))
-        assert matches(report, workload.tolerance[chosen.precision]), report
+        assert matches(report, workload.tolerance[workload.precision(chosen, DEVICE)]), report
     benchmark.group = workload.name
 
     def timed() -> None:

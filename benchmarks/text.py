@@ -148,12 +148,13 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def ceilings_line(ceilings: dict[str, float]) -> str:
-    """The two ceilings in one line."""
-    return (
-        f"copy {ceilings['bytes_per_second'] / 1e9:,.0f} GB/s, matrix products "
-        f"{ceilings['float32_flops_per_second'] / 1e12:.2f} TFLOP/s float32, "
-        f"{ceilings['bfloat16_flops_per_second'] / 1e12:.2f} TFLOP/s bfloat16"
-    )
+    """The ceilings in one line."""
+    products = [
+        f"{ceilings[name] / 1e12:.2f} TFLOP/s {precision}"
+        for precision in ("float32", "tf32", "bfloat16")
+        if (name := f"{precision}_flops_per_second") in ceilings
+    ]
+    return f"copy {ceilings['bytes_per_second'] / 1e9:,.0f} GB/s, matrix products {', '.join(products)}"
 
 
 def _than(words: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -94,28 +95,32 @@ def cpu_clock(call: Callable[[], Any], repeats: int) -> float:
 class CudaClock:
     """Seconds of one call between two CUDA events.
 
-    Work is put on the stream ahead of the first event, so that the host is done launching a short call before the
-    device starts it; otherwise the events would time the host. With ``cold`` this work writes a buffer larger than the
-    L2 cache, so that the call finds its inputs in device memory, as it does in a training step.
+    The device is kept waiting ahead of the first event for as long as the host took to launch the call the last time,
+    and half of that more, so that the host is done before the device starts; otherwise the events would time the host.
+    That is what they do of a call that waits for the device itself, or takes longer than ``LEAD`` to launch. With
+    ``cold`` a buffer larger than the L2 cache is written first, so that the call finds its inputs in device memory, as
+    it does in a training step.
     """
 
+    LEAD = 5e-3  # seconds
+
     def __init__(self, device: torch.device, *, cold: bool) -> None:
-        self.device = device
-        self.cold = cold
         level2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
-        self.flush = torch.empty(max(1 << 30, 4 * level2) if cold else 0, dtype=torch.uint8, device=device)
-        self.backlog = torch.zeros(3, 1024, 1024, device=device)
+        self.flush = torch.empty(max(1 << 28, 4 * level2) if cold else 0, dtype=torch.uint8, device=device)
+        self.host: weakref.WeakKeyDictionary[Callable[[], Any], float] = weakref.WeakKeyDictionary()  # of a launch
+        self.cycles = 10_000_000
+        self.rate = self.cycles / self(lambda: torch.cuda._sleep(self.cycles), 1)
 
     def __call__(self, call: Callable[[], Any], repeats: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if self.cold:
-            self.flush.zero_()
-        else:
-            for _ in range(8):
-                torch.mm(self.backlog[0], self.backlog[1], out=self.backlog[2])
+        self.flush.zero_()
+        if call in self.host:
+            torch.cuda._sleep(int(min(1.5 * self.host[call], self.LEAD) * self.rate))
         start.record()
+        began = time.perf_counter()
         for _ in range(repeats):
             call()
+        self.host[call] = time.perf_counter() - began
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3 / repeats

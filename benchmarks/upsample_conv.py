@@ -113,6 +113,7 @@ def workload(
         contenders=contenders(params),
         truth=truth,
         backward=False,
+        convolves=True,
         evaluate=lambda workload, step, inputs: step(),
         bytes=(2 if dtype == "bfloat16" else 4) * moved,
         flops=(3 if backward else 1) * 2 * pixels * weights,

@@ -14,7 +14,7 @@ Step = Callable[[], Any]
 """One forward pass. Returns the output tensor, whose ``backward()`` the runner calls where the workload asks for it."""
 
 Role = Literal["perfvl", "eager", "peer", "bound"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 class Unavailable(Exception):
@@ -52,11 +52,12 @@ class Workload:
 
     ``make(params, generator)`` builds the inputs on the CPU (so every device gets the same numbers); the runner moves
     them to the device and lets ``leaves`` require grad. ``truth(inputs)`` returns, in float64, the output (under
-    ``output``) and the gradient of every leaf. ``evaluate(call, inputs)`` collects the same from a contender, by
-    default from one call; where it is given, ``truth`` may hold anything it collects. ``bytes`` and ``flops`` are the
-    least any implementation must move and compute; None where no such bound is known. ``shrink`` are the parameters of
-    a small copy of the problem with which libraries are warmed up before memory is measured. ``repeats`` calls make one
-    timing sample, for calls too short for the clock.
+    ``output``) and the gradient of every leaf. Of a problem that ``convolves``, rows in float32 are TF32 rows on a GPU,
+    where torch lets convolutions round their operands to that. ``evaluate(call, inputs)`` collects the same from a
+    contender, by default from one call; where it is given, ``truth`` may hold anything it collects. ``bytes`` and
+    ``flops`` are the least any implementation must move and compute; None where no such bound is known. ``shrink`` are
+    the parameters of a small copy of the problem with which libraries are warmed up before memory is measured.
+    ``repeats`` calls make one timing sample, for calls too short for the clock.
     """
 
     op: str
@@ -68,10 +69,11 @@ class Workload:
     truth: Callable[[Tensors], Tensors]
     leaves: tuple[str, ...] = ()
     backward: bool = True
+    convolves: bool = False
     output: str = "loss"
     evaluate: Callable[[Workload, Step, Tensors], Tensors] | None = None
     tolerance: Mapping[Precision, float] = dataclasses.field(
-        default_factory=lambda: {"float32": 1e-4, "bfloat16": 3e-2}
+        default_factory=lambda: {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 3e-2}
     )
     bytes: int | None = None
     flops: int | None = None
@@ -87,6 +89,12 @@ class Workload:
         for name in self.leaves:
             moved[name].requires_grad_()
         return moved
+
+    def precision(self, contender: Contender, device: torch.device) -> Precision:
+        """What the operands of a contender's products are rounded to on ``device``."""
+        if self.convolves and contender.precision == "float32" and device.type == "cuda":
+            return "tf32" if torch.backends.cudnn.allow_tf32 else "float32"
+        return contender.precision
 
     def shrunk(self) -> Workload:
         """The same problem with the parameters in ``shrink``."""

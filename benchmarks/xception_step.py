@@ -158,6 +158,7 @@ def workload(training: bool, batch: int, size: int = 299, **settings: Any) -> Wo
         contenders=contenders,
         truth=truth,
         backward=False,
+        convolves=True,
         evaluate=lambda workload, step, inputs: answer(step, training),
         tolerance={"float32": 1e-3, "bfloat16": 0.1},
         shrink={"size": 75},

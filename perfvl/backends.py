@@ -74,27 +74,41 @@ def _load(name: str, missing: str) -> str | None:
 
 
 CPU_MISSING = _load("_C", "native_reason")
+# Loaded here, which touches no GPU, and not with the first CUDA tensor: a traced or exported call finds its kernels.
+CUDA_MISSING = _load("_cuda", "cuda_reason") if torch.version.cuda else "torch was built without CUDA"
+TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
+_ARCHS = tuple((_build_info().get("cuda") or {}).get("archs", ()))
 
 
-@functools.cache
-def cuda_missing() -> str | None:
-    """Why the CUDA C++ kernels are not there, or None. Asked when a CUDA tensor arrives: import touches no GPU."""
+def _runs_on(capability: int) -> bool:
+    """Whether the library holds machine code for a GPU, or PTX of its newest architecture that the driver compiles."""
+    for arch in _ARCHS:
+        number, only_there = int(arch.rstrip("af")), arch.endswith("a")
+        family = number // 10 == capability // 10 or arch == _ARCHS[-1]
+        if number == capability or (family and number <= capability and not only_there):
+            return True
+    return False
+
+
+def _reason(cuda: Literal["native", "triton"], device_index: int) -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA GPU is available"
-    return _load("_cuda", "cuda_reason")
-
-
-@functools.cache
-def triton_missing(device_index: int = 0) -> str | None:
-    """Why Triton kernels cannot run on this CUDA device, or None."""
-    if not torch.cuda.is_available():
-        return "no CUDA GPU is available"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    capability = torch.cuda.get_device_capability(device_index)
-    if capability < (8, 0):
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    reason = TRITON_MISSING if cuda == "triton" else CUDA_MISSING
+    if reason is not None:
+        return reason
+    properties = torch.cuda.get_device_properties(device_index)
+    capability = 10 * properties.major + properties.minor
+    if capability < 80:
+        return f"compute capability {properties.major}.{properties.minor} is below 8.0"
+    if cuda == "native" and not _runs_on(capability):
+        return f"built for sm_{', sm_'.join(_ARCHS)}, not for this GPU's sm_{capability}"
     return None
+
+
+@functools.cache
+def missing(cuda: Literal["native", "triton"], device_index: int = 0) -> str | None:
+    """Why CUDA kernels of this kind cannot run on a device, or None. Asked when a CUDA tensor arrives."""
+    return _reason(cuda, device_index)
 
 
 def choose(tensor: torch.Tensor, cuda: Literal["native", "triton"]) -> Backend:
@@ -104,8 +118,8 @@ def choose(tensor: torch.Tensor, cuda: Literal["native", "triton"]) -> Backend:
     if tensor.is_cpu:
         return "reference" if CPU_MISSING else "native"
     if tensor.is_cuda:
-        missing = triton_missing(tensor.device.index or 0) if cuda == "triton" else cuda_missing()
-        return "reference" if missing else cuda
+        ask = _reason if torch.compiler.is_compiling() else missing  # Dynamo traces into caches, with a warning
+        return "reference" if ask(cuda, tensor.device.index or 0) else cuda
     return "reference"
 
 
@@ -126,14 +140,13 @@ def info() -> str:
         level, threads = torch.ops.perfvl._isa(), torch.get_num_threads()
         lines.append(f"cpu   native C++, level {level} of {', '.join(levels)}; {threads} threads")
         lines.append(f"      built with {build['native']['compiler']}")
-    for name, missing in (("triton", triton_missing()), ("c++", cuda_missing())):
-        lines.append(f"cuda  {name}: {'reference instead, ' + missing if missing else torch.cuda.get_device_name()}")
+    for name, reason in (("triton", missing("triton")), ("c++", missing("native"))):
+        lines.append(f"cuda  {name}: {'reference instead, ' + reason if reason else torch.cuda.get_device_name()}")
     if build.get("cuda"):
         lines.append(f"      C++ kernels built for sm_{', sm_'.join(build['cuda']['archs'])}")
     lines += ["", f"{'op':<18} {'cpu':<10} cuda"]
     cpu = "reference" if CPU_MISSING else "native"
-    lacking = {"triton": triton_missing(), "native": cuda_missing()}
     for op, kind in OPS.items():
-        lines.append(f"{op:<18} {cpu:<10} {'reference' if lacking[kind] else kind}")
+        lines.append(f"{op:<18} {cpu:<10} {'reference' if missing(kind) else kind}")
     lines.append("float64 inputs always run the reference.")
     return "\n".join(lines)

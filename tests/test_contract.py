@@ -24,6 +24,7 @@ from op_contract import (
     upstream_like,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import perfvl
@@ -134,6 +135,28 @@ def test_same_inputs_give_same_bits(op, device):
             assert torch.equal(value, second[what]), f"{sample.name}: {what}"
 
 
+def test_a_call_on_cuda_is_traced_to_its_kernels_without_a_gpu(op, device, monkeypatch):
+    if device == "cuda":
+        pytest.skip("the next tests trace it, and run it")
+    if op.name == "enqueue_" and not torch.version.cuda:
+        pytest.skip("a CPU build of torch cannot index a fake CUDA tensor")
+    monkeypatch.setattr(backends, "_reason", lambda cuda, device_index: None)
+    torch._dynamo.reset()
+    found = []
+
+    def backend(graph, _):
+        found.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    inputs = op.small("cpu")
+    with FakeTensorMode():
+        inputs = tree_map_only(
+            Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"), inputs
+        )
+        torch.compile(op.call, fullgraph=True, backend=backend)(**inputs)
+    assert op.raw_op in found
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_whole_without_recompiling(op, device, dynamic):
     torch._dynamo.reset()
@@ -177,7 +200,7 @@ def test_nothing_to_do_is_done_right(op, device):
     with perfvl.use_backend("reference"):
         expected = evaluate(op.function, inputs)
     for what, value in evaluate(op.function, inputs).items():
-        assert torch.equal(value, expected[what]), what
+        torch.testing.assert_close(value, expected[what], rtol=1e-6, atol=1e-6, msg=lambda m, what=what: f"{what}: {m}")
         assert not value.is_floating_point() or not value.isnan().any(), what
 
 

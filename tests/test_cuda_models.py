@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -159,6 +158,8 @@ def test_a_graph_trains_as_one_step_after_another(cuda, name):
         output = problem.step()
     for _ in range(2):
         graph.replay()
-        losses.append(copy.deepcopy(output))
+        losses.append(output.clone())
     torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(problem.networks.state_dict(), expected_state)
+    for key, value in problem.networks.state_dict().items():
+        if not key.endswith("_extra_state"):  # a count of calls on the host, which a replay is none of
+            torch.testing.assert_close(value, expected_state[key])

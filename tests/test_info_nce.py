@@ -110,7 +110,7 @@ def test_nan_stays_where_pytorch_would_have_it(device, dtype):
     others = torch.arange(37, device=device) != 5
     assert loss[5].isnan()
     assert poisoned.grad[5].isnan().all()
-    assert torch.equal(loss[others], clean[others])
+    torch.testing.assert_close(loss[others], clean[others])  # other tiles where there are gradients
     assert poisoned.grad[others].isfinite().all()
     queue[-1, -1] = torch.nan
     assert info_nce(query, positive, queue, reduction="none").isnan().all()
