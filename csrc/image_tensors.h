@@ -21,16 +21,20 @@ inline Image image(const std::optional<Tensor>& t) { return t ? image(*t) : Imag
 // perfvl.ops.separable_conv.is_channels_last.
 inline bool is_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1; }
 
-// Uninitialised and dense, channels_last where `beside` is; elements of its dtype, on its device.
-inline Tensor empty_image(const Tensor& beside, int64_t n, int64_t c, int64_t h, int64_t w, int32_t device_type,
-                          int32_t device) {
+// Uninitialised and dense, or channels_last.
+inline Tensor empty_image(bool channels_last, ScalarType dtype, int64_t n, int64_t c, int64_t h, int64_t w,
+                          int32_t device_type, int32_t device) {
   int64_t sizes[] = {n, c, h, w};
   int64_t last[] = {h * w * c, 1, w * c, c}, first[] = {c * h * w, h * w, w, 1};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, is_channels_last(beside) ? last : first,
-                                                  shim_dtype(dtype_of(beside.scalar_type())), device_type, device,
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, channels_last ? last : first, shim_dtype(dtype_of(dtype)),
+                                                  device_type, device, &handle));
   return Tensor(handle);
+}
+// In the layout of `beside`; elements of its dtype, on its device.
+inline Tensor empty_image(const Tensor& beside, int64_t n, int64_t c, int64_t h, int64_t w, int32_t device_type,
+                          int32_t device) {
+  return empty_image(is_channels_last(beside), beside.scalar_type(), n, c, h, w, device_type, device);
 }
 
 inline const float* floats_of(const std::optional<Tensor>& t) {

@@ -40,6 +40,8 @@ CUDA_OPS = [
     "perfvl::conditioning_augmentation_backward",
     "perfvl::tap_sums",
     "perfvl::scale_rows",
+    "perfvl::upsample_weight",
+    "perfvl::upsample_weight_backward",
     "perfvl::momentum_update_",
     "perfvl::enqueue_",
     "perfvl::small_loss_mask",

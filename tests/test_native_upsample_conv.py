@@ -1,4 +1,5 @@
-"""The upsample_conv CPU kernels at every ISA level, in guarded memory, on any number of threads.
+"""The upsample_conv CPU kernels at every ISA level, in guarded memory, on any number of threads, and those of CUDA for
+weights, run by tests/native/cuda_emulator.h.
 
 Scratch and what lies between the elements of an array is NaN: whatever reads it is found by the result.
 """
@@ -18,7 +19,7 @@ from native.images import distance, double, laid_out, nchw
 from perfvl.reference.activation import ACTIVATIONS
 from perfvl.reference.upsample_conv import upsample_conv
 
-module = build.load("native_cpu")
+module, cuda = build.load("native_cpu"), build.load("native_cuda")
 NAMES = list(ACTIVATIONS)
 LEVELS = module.levels() if not build.SANITIZED else module.levels()[:1]
 RNG = np.random.default_rng(6)
@@ -118,8 +119,34 @@ def test_what_is_not_finite_stays_where_it_is():
         assert torch.equal(got.isfinite(), truth.isfinite())
 
 
+M = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)  # k = M w M^T
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (33, 70), (64, 32)])
+def test_weights_of_the_transposed_convolution(sizes, reverse):
+    """Outputs and channels in whole and ragged tiles, any layout in, either out."""
+    cuda.set_order(reverse)
+    try:
+        for dtype, layout, channels_last in itertools.product(
+            TOLERANCE, ("channels_last", "nchw", "sliced"), (False, True)
+        ):
+            weight, scale = some(*sizes, 3, 3, dtype=dtype), some(sizes[0])
+            for factor in (None, scale):
+                scaled = double(weight) * (1 if factor is None else double(factor).reshape(-1, 1, 1, 1))
+                truth = torch.einsum("ij,ocjk,lk->coil", torch.from_numpy(M), scaled, torch.from_numpy(M))
+                got = cuda.upsample_weight(laid_out(weight, layout), factor, channels_last)
+                assert distance(double(got), truth) < TOLERANCE[dtype]
+            grad = some(sizes[1], sizes[0], 4, 4, dtype=dtype)
+            truth = torch.einsum("ij,coil,lk->ocjk", torch.from_numpy(M), double(grad), torch.from_numpy(M))
+            got = cuda.upsample_weight_backward(laid_out(grad, layout), channels_last)
+            assert distance(double(got), truth) < TOLERANCE[dtype]
+    finally:
+        cuda.set_order(False)
+
+
 @pytest.mark.skipif(build.SANITIZED, reason="this test starts the sanitized one")
 def test_under_the_sanitizers():
-    selected = "test_outputs or test_gradients"
+    selected = "test_outputs or test_gradients or test_weights"
     done = build.run_sanitized("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -17,6 +17,7 @@
 #include "cuda/scale_rows.h"
 #include "cuda/separable_conv.h"
 #include "cuda/small_loss.h"
+#include "cuda/upsample_conv.h"
 #include "gan_loss_tensors.h"
 #include "momentum_pairs.h"
 #include "ring_write.h"
@@ -241,6 +242,28 @@ Tensor conditioning_augmentation_backward(std::optional<Tensor> grad_condition, 
   return grad;
 }
 
+Tensor upsample_weight(const Tensor& weight, std::optional<Tensor> scale, bool channels_last) {
+  int32_t device = weight.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  int64_t outputs = weight.size(0), channels = weight.size(1);
+  Tensor kernel =
+      empty_image(channels_last, weight.scalar_type(), channels, outputs, 4, 4, aoti_torch_device_type_cuda(), device);
+  STD_CUDA_CHECK(cudaError_t(cuda::upsample_weight(image(weight), floats_of(scale), outputs, channels, image(kernel),
+                                                   current_stream(device))));
+  return kernel;
+}
+
+Tensor upsample_weight_backward(const Tensor& grad_kernel, bool channels_last) {
+  int32_t device = grad_kernel.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  int64_t outputs = grad_kernel.size(1), channels = grad_kernel.size(0);
+  Tensor grad = empty_image(channels_last, grad_kernel.scalar_type(), outputs, channels, 3, 3,
+                            aoti_torch_device_type_cuda(), device);
+  STD_CUDA_CHECK(cudaError_t(
+      cuda::upsample_weight_backward(image(grad_kernel), outputs, channels, image(grad), current_stream(device))));
+  return grad;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(perfvl, CUDA, m) {
@@ -250,6 +273,8 @@ STABLE_TORCH_LIBRARY_IMPL(perfvl, CUDA, m) {
   m.impl("tap_sums", TORCH_BOX(&tap_sums));
   m.impl("gan_loss", TORCH_BOX(&gan_loss));
   m.impl("scale_rows", TORCH_BOX(&scale_rows));
+  m.impl("upsample_weight", TORCH_BOX(&upsample_weight));
+  m.impl("upsample_weight_backward", TORCH_BOX(&upsample_weight_backward));
   m.impl("momentum_update_", TORCH_BOX(&momentum_update));
   m.impl("enqueue_", TORCH_BOX(&enqueue));
   m.impl("small_loss_mask", TORCH_BOX(&small_loss_mask));

@@ -12,14 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perfvl.ops._library import LIBRARY
 from perfvl.ops.depthwise_conv import is_channels_last
 from perfvl.reference.activation import ACTIVATIONS
 
 _ACTIVATIONS = list(ACTIVATIONS.values())
 
 
+LIBRARY.define("upsample_weight(Tensor weight, Tensor? scale, bool channels_last) -> Tensor")
+LIBRARY.define("upsample_weight_backward(Tensor grad_kernel, bool channels_last) -> Tensor")
+_WEIGHT = torch.ops.perfvl.upsample_weight.default
+_WEIGHT_BACKWARD = torch.ops.perfvl.upsample_weight_backward.default
+
+
 def transposed_weight(weight: Tensor, scale: Tensor | None, channels_last: bool) -> Tensor:
     """[C, O, 4, 4] for the transposed convolution, in the layout of the images; `scale` [O] goes into it."""
+    if weight.is_cuda:
+        return _WEIGHT(weight, scale, channels_last)
     # 1. [C, 3, 3, O] or [C, O, 3, 3], in float32.
     w = (weight.permute(1, 2, 3, 0) if channels_last else weight.transpose(0, 1)).contiguous().float()
     axis = 1 if channels_last else 2
@@ -37,6 +46,8 @@ def transposed_weight(weight: Tensor, scale: Tensor | None, channels_last: bool)
 
 def _weight_gradient(grad_kernel: Tensor) -> Tensor:
     """``M^T k M``: [C, O, 4, 4] to [O, C, 3, 3], summed in float32."""
+    if grad_kernel.is_cuda:
+        return _WEIGHT_BACKWARD(grad_kernel, False)
     (inputs, outputs), dtype = grad_kernel.shape[:2], grad_kernel.dtype
     k0, k1, k2, k3 = grad_kernel.unbind(2)
     k0, k1, k2, k3 = torch.stack((k2.float() + k3, k1.float() + k2, k0.float() + k1), 2).unbind(3)

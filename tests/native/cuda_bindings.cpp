@@ -6,6 +6,7 @@
 #include "cuda/momentum_update.h"
 #include "cuda/scale_rows.h"
 #include "cuda/small_loss.h"
+#include "cuda/upsample_conv.h"
 #include "cuda_emulator.h"
 #include "depthwise.h"
 #include "emulator_kernels.h"
@@ -26,6 +27,24 @@ py::array scale_rows(const py::array& rows, const py::array& scale, const py::dt
   expect_success(perfvl::cuda::scale_rows(from.matrix(), factors.data<float>(), scale.strides(0) / 4, out_dtype,
                                           out.data(), nullptr));
   return out.array(dtype, {rows.shape(0), rows.shape(1)}, "out");
+}
+
+py::object upsample_weight(const py::array& weight, const Optional& scale, bool channels_last) {
+  Inputs inputs;
+  Result kernel(weight.dtype(), channels_last, weight.shape(1), weight.shape(0), 4, 4);
+  const float* factors = scale ? inputs.add(*scale).data<float>() : nullptr;
+  expect_success(perfvl::cuda::upsample_weight(image(inputs.add(weight), dtype_of(weight.dtype())), factors,
+                                               weight.shape(0), weight.shape(1), kernel.image(), nullptr));
+  return kernel.array("kernel");
+}
+
+py::object upsample_weight_backward(const py::array& grad_kernel, bool channels_last) {
+  Inputs inputs;
+  int64_t outputs = grad_kernel.shape(1), channels = grad_kernel.shape(0);
+  Result grad(grad_kernel.dtype(), channels_last, outputs, channels, 3, 3);
+  expect_success(perfvl::cuda::upsample_weight_backward(image(inputs.add(grad_kernel), dtype_of(grad_kernel.dtype())),
+                                                        outputs, channels, grad.image(), nullptr));
+  return grad.array("grad_weight");
 }
 
 py::array add_taps(const py::array& x, const py::array& taps, bool channels_last) {
@@ -138,6 +157,9 @@ PYBIND11_MODULE(native_cuda, m) {
   m.def("tap_sums", tap_sums);
   m.def("augment", augment);
   m.def("augment_backward", augment_backward);
+
+  m.def("upsample_weight", upsample_weight);
+  m.def("upsample_weight_backward", upsample_weight_backward);
 
   m.def("gan_loss", gan_loss, py::arg("logits"), py::arg("targets"), py::arg("weights"), py::arg("exact"),
         py::arg("with_grad") = true);

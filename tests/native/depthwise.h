@@ -20,14 +20,16 @@ inline perfvl::Image image(const GuardedArray& a, Dtype dtype) {
   return {const_cast<void*>(a.data<void>()), a.stride(0), a.stride(1), a.stride(2), a.stride(3), dtype};
 }
 
-// A dense image to be written, channels_last where `beside` is; numpy sees its memory in the order it has.
+// A dense image to be written, or channels_last, as `beside` is; numpy sees its memory in the order it has.
 class Result {
  public:
   Result(const py::array& beside, int64_t n, int64_t c, int64_t h, int64_t w)
-      : dtype_(beside.dtype()),
-        last_(beside.shape(1) > 1 && beside.strides(1) == beside.itemsize()),
+      : Result(beside.dtype(), beside.shape(1) > 1 && beside.strides(1) == beside.itemsize(), n, c, h, w) {}
+  Result(const py::dtype& dtype, bool channels_last, int64_t n, int64_t c, int64_t h, int64_t w)
+      : dtype_(dtype),
+        last_(channels_last),
         shape_(last_ ? std::vector<py::ssize_t>{n, h, w, c} : std::vector<py::ssize_t>{n, c, h, w}),
-        memory_(n * c * h * w * beside.itemsize()) {
+        memory_(n * c * h * w * dtype.itemsize()) {
     image_ = last_ ? perfvl::Image{memory_.data(), h * w * c, 1, w * c, c, dtype_of(dtype_)}
                    : perfvl::Image{memory_.data(), c * h * w, h * w, w, 1, dtype_of(dtype_)};
   }
