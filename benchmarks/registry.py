@@ -17,6 +17,7 @@ MODULES = {
     "small_loss": ("small_loss", "small_loss_steps"),
     "separable_conv": ("separable_conv", "xception_step"),
     "upsample_conv": ("upsample_conv",),
+    "conditioning": ("conditioning",),
     "stackgan_step": ("stackgan_step",),
     "moco_digits": ("moco_digits",),
 }

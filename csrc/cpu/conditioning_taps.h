@@ -13,6 +13,7 @@ namespace perfvl {
 namespace PVL_ISA {
 
 constexpr int64_t kTaps = 9, kBlock = 128;  // channels of a block
+constexpr int64_t kPlane = 256;             // pixels of a channel, at most, that are one run
 enum Place { kFirst, kInner, kLast };       // of a row or a column; of a single one: kFirst
 
 inline Place place(int64_t at, int64_t size) { return at == 0 ? kFirst : at == size - 1 ? kLast : kInner; }
@@ -147,6 +148,27 @@ class TapProduct {
   int64_t dim_, groups_;
 };
 
+// Rows shorter than a vector, one behind another: all pixels of a channel are one run.
+inline void add_planes(const AddTaps& p, int64_t n, int64_t first, int64_t count, const float (&sums)[kTaps][kBlock]) {
+  const Image image = p.image, output = p.output;
+  int64_t pixels = p.height * p.width, bytes = element_bytes(image.dtype);
+  uint8_t classes[kPlane];
+  float plane[kPlane + kLanes] = {};
+  for (int64_t h = 0; h < p.height; ++h)
+    for (int64_t w = 0; w < p.width; ++w)
+      classes[h * p.width + w] = uint8_t(3 * place(h, p.height) + place(w, p.width));
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t i = 0; i < pixels; ++i) plane[i] = sums[classes[i]][c];
+    const char* from = at(image, n, first + c, 0, 0);
+    char* to = const_cast<char*>(at(output, n, first + c, 0, 0));
+    for (int64_t i = 0; i < pixels; i += kLanes) {
+      int64_t lanes = std::min<int64_t>(kLanes, pixels - i);
+      Vec x = read_lanes(image.dtype, from + i * bytes, lanes) + load<Vec>(plane + i);
+      write_lanes(output.dtype, to + i * bytes, x, lanes);
+    }
+  }
+}
+
 inline void add_block(const AddTaps& p, int64_t n, int64_t first, int64_t count) {
   float sums[kTaps][kBlock];
   sum_by_class(p.taps, n, first, count, p.height, p.width, sums);
@@ -167,6 +189,9 @@ inline void add_block(const AddTaps& p, int64_t n, int64_t first, int64_t count)
     return;
   }
   bool rows = image.w_stride == 1 && output.w_stride == 1;
+  if (rows && image.h_stride == p.width && output.h_stride == p.width && p.width < kLanes &&
+      p.height * p.width <= kPlane)
+    return add_planes(p, n, first, count, sums);
   for (int64_t c = 0; c < count; ++c)
     for (int64_t h = 0; h < p.height; ++h) {
       const char* from = at(image, n, first + c, h, 0);

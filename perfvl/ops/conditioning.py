@@ -46,8 +46,9 @@ def conditioned_conv2d(input: Tensor, condition: Tensor, weight: Tensor, *, bias
         RuntimeError: on backward through the gradient (second order).
 
     Cost: 18 N O (H W C + E) FLOP forward, where the concatenation takes 18 N O H W (C + E); the condition's part moves
-    the image once more. Saves `input`, `condition` and `weight`. On the CPU, where a few pixels meet large weights, of
-    which the library's convolution copies the image's part, the concatenation is faster, and runs.
+    the image once more. Saves `input`, `condition` and `weight`. On the CPU the concatenation runs where it is faster:
+    where a few pixels meet large weights, of which the library's convolution copies the image's part, and where there
+    is little to compute.
 
     Example:
         >>> import torch
@@ -56,7 +57,7 @@ def conditioned_conv2d(input: Tensor, condition: Tensor, weight: Tensor, *, bias
         torch.Size([8, 64, 4, 4])
     """
     _check(input, condition, weight, bias)
-    if not _has_kernel(input) or (input.is_cpu and not _is_faster(input, condition)):
+    if not _has_kernel(input) or (input.is_cpu and not _is_faster(input, condition, weight)):
         return reference.conditioned_conv(input, condition, weight, bias)
     # Split and not sliced: backward then writes one gradient of the whole weight.
     of_image, of_condition = weight.split((input.shape[1], condition.shape[1]), 1)
@@ -89,10 +90,13 @@ def _has_kernel(input: Tensor) -> bool:
     return backends.choose(input, cuda="native") != "reference"
 
 
-def _is_faster(input: Tensor, condition: Tensor) -> bool:
-    """CPU: where the products that are saved take longer than a copy of the weights."""
-    pixels = input.shape[0] * input.shape[2] * input.shape[3]
-    return pixels * condition.shape[1] >= 48 * input.shape[1]
+def _is_faster(input: Tensor, condition: Tensor, weight: Tensor) -> bool:
+    """CPU: where the products that are saved take longer than a copy of the image's weights, and than the more calls.
+    Of 16-bit numbers the library's products are faster, and the rest is not."""
+    seen = input.shape[0] * input.shape[2] * input.shape[3] * condition.shape[1]
+    wide = (autocast_dtype(input) or input.dtype) == torch.float32
+    copies, products = (64, 1 << 21) if wide else (128, 1 << 24)
+    return seen >= copies * input.shape[1] and seen * weight.shape[0] >= products
 
 
 def add_condition(image: Tensor, condition: Tensor, weight: Tensor) -> Tensor:
@@ -201,19 +205,15 @@ class _AddCondition(torch.autograd.Function):
         grads: list[Tensor | None] = [grad_output if ctx.needs_input_grad[0] else None, None, None]
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             with _without_autocast(grad_output.device.type):
-                rows = _TAP_SUMS(grad_output).flatten(1)  # [N, 9 O]
+                outputs, dim = weight.shape[:2]
+                rows = _TAP_SUMS(grad_output).transpose(1, 2).flatten(1)  # [N, 9 O], as channels_last weights lie
                 if ctx.needs_input_grad[1]:
-                    grads[1] = torch.mm(rows, _by_tap(weight)).to(condition.dtype)
+                    weights = weight.permute(0, 2, 3, 1).float().reshape(-1, dim)
+                    grads[1] = torch.mm(rows, weights).to(condition.dtype)
                 if ctx.needs_input_grad[2]:
                     of_tap = torch.mm(rows.t(), condition.float()).to(weight.dtype)  # [9 O, E]
-                    outputs, dim = weight.shape[:2]
-                    grads[2] = of_tap.view(3, 3, outputs, dim).permute(2, 3, 0, 1)
+                    grads[2] = of_tap.view(outputs, 3, 3, dim).permute(0, 3, 1, 2)
         return tuple(refuse_second_derivative("conditioned_conv2d", grads, [condition, weight]))
-
-
-def _by_tap(weight: Tensor) -> Tensor:
-    """[O, E, 3, 3] as [9 O, E] in float32."""
-    return weight.permute(2, 3, 0, 1).float().reshape(-1, weight.shape[1])
 
 
 class _Augment(torch.autograd.Function):
@@ -295,8 +295,9 @@ def _fake_backward(grad_condition, grad_mu, grad_logvar, grad_kl, mu, logvar, ep
 
 def _cuda_taps(condition: Tensor, weight: Tensor) -> Tensor:
     """A product for the library."""
+    by_tap = weight.permute(2, 3, 0, 1).float().reshape(-1, weight.shape[1])  # [9 O, E]
     with _without_autocast("cuda"):
-        taps = torch.mm(condition.float(), _by_tap(weight).t())
+        taps = torch.mm(condition.float(), by_tap.t())
     return taps.view(condition.shape[0], 9, weight.shape[0])
 
 

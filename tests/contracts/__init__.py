@@ -1,5 +1,7 @@
 """Every op's entry in the contract. Adding an op: write its file here and list it."""
 
+from contracts.color_transform import COLOR_TRANSFORM
+from contracts.conditioning import AUGMENTATION, CONDITIONED_CONV
 from contracts.gan_loss import GAN_LOSS
 from contracts.info_nce import INFO_NCE, INFO_NCE_STATS
 from contracts.key_queue import ENQUEUE
@@ -21,4 +23,7 @@ CONTRACTS = [
     SEPARABLE_CONV,
     GAN_LOSS,
     UPSAMPLE_CONV,
+    CONDITIONED_CONV,
+    AUGMENTATION,
+    COLOR_TRANSFORM,
 ]
