@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._tiles import Gpu, load_count, load_scale, reads_in_vectors
+from ._launch import launch
+from ._tiles import Gpu, ceil_div, load_count, load_scale, power_of_2, reads_in_vectors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -113,8 +114,8 @@ def _fold_keys(
 @triton.jit(do_not_specialize=("B", "K", "splits"))
 def _stream_kernel(
     operand, query, positive, queue, temperature_tensor, valid, workspace,
-    temperature, B, K, d, splits,
-    stride_ob, stride_od, stride_qb, stride_qd, stride_pb, stride_pd, stride_kk, stride_kd,
+    temperature, B, K, splits,
+    d, stride_ob, stride_od, stride_qb, stride_qd, stride_pb, stride_pd, stride_kk, stride_kd,
     COMPUTE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, WITH_RANK: tl.constexpr, WITH_GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -186,18 +187,19 @@ def _stream_kernel(
         tl.store((statistics + 3 * entries + B).to(tl.pointer_type(tl.int32)), 0)
 
 
-def _choose_tiles(B: int, queue: torch.Tensor, compute: torch.dtype, gpu: Gpu) -> Tiles:
-    """Tile sizes for d <= 256, from compiled register counts: none of them spills in a loop, on sm_80 to sm_120.
+@functools.lru_cache(maxsize=1024)
+def _choose_tiles(B: int, d: int, itemsize: int, vectors: bool, gpu: Gpu) -> Tiles:
+    """Tile sizes for d <= 256 and operands of at most `itemsize` bytes, from compiled register counts.
 
-    Per thread, a 128 x 128 tile on 8 warps holds 64 registers of logits and 64 of gradient; d = 256 doubles the
-    latter, so the key tile is halved. The wgmma of sm_90 and the tcgen05 of sm_100 read both operands from shared
-    memory; mma.sync (all others, and fewer than 64 rows) has them in registers, which again halves the tile. tcgen05
-    keeps sums in tensor memory, but rescaling them passes through registers: at d = 256 that asks for smaller tiles.
+    None of them spills in a loop, on sm_80 to sm_120. Per thread, a 128 x 128 tile on 8 warps holds 64 registers of
+    logits and 64 of gradient; d = 256 doubles the latter, so the key tile is halved. The wgmma of sm_90 and the
+    tcgen05 of sm_100 read both operands from shared memory; mma.sync (all others, and fewer than 64 rows) has them in
+    registers, which again halves the tile. tcgen05 keeps sums in tensor memory, but rescaling them passes through
+    registers: at d = 256 that asks for smaller tiles.
     """
-    d = queue.shape[1]
     wide = d > 128
     wgmma, tcgen05 = (gpu.capability // 10 == generation for generation in (9, 10))
-    fp32_keys = max(queue.itemsize, compute.itemsize) == 4
+    fp32_keys = itemsize == 4
     rows = next((size for size in (16, 32, 64) if size >= B), 128)
     if wide and not wgmma:
         rows = min(rows, 64)
@@ -207,7 +209,7 @@ def _choose_tiles(B: int, queue: torch.Tensor, compute: torch.dtype, gpu: Gpu) -
     if fp32_keys:
         keys //= 2
     warps = 8 if rows == 128 or (wide and (fp32_keys or (rows >= 32 and not tcgen05))) else 4
-    if not reads_in_vectors(queue):
+    if not vectors:
         keys, warps = 32, 8  # one load instruction and one address per element
     return Tiles(rows, max(16, keys), warps, 8 // warps)
 
@@ -221,7 +223,7 @@ def split_count(row_tiles: int, key_tiles: int, slots: int) -> int:
     """
     best, best_cost = 1, float("inf")
     for splits in range(1, min(key_tiles, max(1, 4 * slots // row_tiles)) + 1):
-        cost = triton.cdiv(row_tiles * splits, slots) * (triton.cdiv(key_tiles, splits) + 2)
+        cost = ceil_div(row_tiles * splits, slots) * (ceil_div(key_tiles, splits) + 2)
         if cost < best_cost:
             best, best_cost = splits, cost
     return best
@@ -232,20 +234,24 @@ def partials_by_streaming(
 ):
     """d <= 256: everything on the chip."""
     (B, d), K = query.shape, queue.shape[0]
-    tiles = _choose_tiles(B, queue, compute_dtype, gpu)
-    row_tiles = triton.cdiv(B, tiles.rows)
+    itemsize = max(queue.itemsize, compute_dtype.itemsize)
+    tiles = _choose_tiles(B, d, itemsize, reads_in_vectors(queue), gpu)
+    row_tiles = ceil_div(B, tiles.rows)
     slots = gpu.multiprocessors * tiles.programs_per_multiprocessor
-    splits = split_count(row_tiles, triton.cdiv(K, tiles.keys), slots)
-    block_d = max(16, triton.next_power_of_2(d))
+    splits = split_count(row_tiles, ceil_div(K, tiles.keys), slots)
+    block_d = max(16, power_of_2(d))
     # A tile of the operand dtype goes straight to shared memory; converting on the way takes registers that wide
     # tiles lack.
     operand = query.to(compute_dtype) if block_d > 128 else query
     partials = Partials.empty(query, splits, row_tiles * tiles.rows, block_d, with_grad)
-    _stream_kernel[(row_tiles * splits,)](
-        operand, query, positive, queue, temperature_tensor, valid, partials.workspace,
-        temperature, B, K, d, splits,
-        *operand.stride(), *query.stride(), *positive.stride(), *queue.stride(),
+    launch(
+        _stream_kernel,
+        (row_tiles * splits,),
+        (operand, query, positive, queue, temperature_tensor, valid, partials.workspace),
+        (temperature, B, K, splits),
+        (d, *operand.stride(), *query.stride(), *positive.stride(), *queue.stride()),
+        tiles.warps,
         COMPUTE=COMPUTE[compute_dtype], BLOCK_B=tiles.rows, BLOCK_K=tiles.keys, BLOCK_D=block_d,
-        EVEN_D=block_d == d, WITH_RANK=with_rank, WITH_GRAD=with_grad, num_warps=tiles.warps, enable_fp_fusion=True,
+        EVEN_D=block_d == d, WITH_RANK=with_rank, WITH_GRAD=with_grad,
     )  # fmt: skip
     return partials

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+_ALREADY_THERE = contextlib.nullcontext()
+
 
 class Gpu(NamedTuple):
     """The three numbers that tile sizes and grids are chosen from."""
@@ -30,15 +32,28 @@ def gpu_limits(device: torch.device) -> Gpu:
     )
 
 
+def ceil_div(a: int, b: int) -> int:
+    """ceil(a / b). Triton's own takes microseconds: it is made for kernels."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def reads_in_vectors(matrix: torch.Tensor) -> bool:
     """Whether Triton can load 16 bytes at a time: it knows strides and sizes to be multiples of 16 elements, or not."""
-    long, short = max(matrix.stride()), min(matrix.stride())
+    first, second = matrix.stride()
+    long, short = (first, second) if first > second else (second, first)
     return short == 1 and long % 16 == 0 and matrix.shape[1] % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, so the tensor's device has to be made current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _ALREADY_THERE
+    return torch.cuda.device(tensor.device)
 
 
 @triton.jit

@@ -21,7 +21,8 @@ import triton.language as tl
 from . import _tiles
 from ._info_nce_narrow import COMPUTE, WIDEST, Partials, partials_by_streaming
 from ._info_nce_wide import partials_by_library, partials_for_few_rows, suits_few_rows
-from ._tiles import load_scale, log1p
+from ._launch import launch
+from ._tiles import ceil_div, load_scale, log1p, power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -32,8 +33,8 @@ _NONE, _MEAN = tl.constexpr(0), tl.constexpr(1)
 def _merge_kernel(
     query, positive, temperature_tensor, workspace,
     loss, lse, positive_logit, rank, grad_query, positive_weight,
-    temperature, B, d, splits, rows, width,
-    stride_qb, stride_qd, stride_pb, stride_pd,
+    temperature, B, splits, rows,
+    d, width, stride_qb, stride_qd, stride_pb, stride_pd,
     REDUCTION: tl.constexpr, WITH_RANK: tl.constexpr, WITH_GRAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -163,6 +164,7 @@ def info_nce(
     with _tiles.on_device(query):
         common = (query, positive, queue, temperature, temperature_tensor, valid)
         gpu = _tiles.gpu_limits(query.device)
+        many = True
         if K == 0:
             partials = Partials.empty(query, 0, B, d, with_grad)
             partials.workspace.zero_()
@@ -172,13 +174,22 @@ def info_nce(
             partials = partials_for_few_rows(*common, COMPUTE[compute_dtype], with_rank, with_grad, gpu)
         else:
             partials = partials_by_library(*common, compute_dtype, with_rank, with_grad)
-        # A program adds tiles of 4096 numbers; narrow columns give enough programs where there are few rows.
-        block_d = 128 if B * triton.cdiv(d, 128) >= gpu.multiprocessors else 32
-        slices = triton.cdiv(d, block_d) if with_grad else 1
-        _merge_kernel[(B, slices)](
-            query, positive, temperature_tensor, partials.workspace, *outputs,
-            temperature, B, d, partials.splits, partials.rows, partials.width, *query.stride(), *positive.stride(),
+            many = False
+        # A program adds tiles of 4096 numbers; narrow columns give enough programs where there are few rows. One or two
+        # splits are added in whole rows, so that the positive's product is made once.
+        if many:
+            block_d = 128 if B * ceil_div(d, 128) >= gpu.multiprocessors else 32
+            block_s = 4096 // block_d
+        else:
+            block_s, block_d = 2, min(4096, max(32, power_of_2(d)))
+        launch(
+            _merge_kernel,
+            (B, ceil_div(d, block_d) if with_grad else 1),
+            (query, positive, temperature_tensor, partials.workspace, *outputs),
+            (temperature, B, partials.splits, partials.rows),
+            (d, partials.width, *query.stride(), *positive.stride()),
+            8 if block_s * block_d > 4096 else 4,
             REDUCTION=reduction, WITH_RANK=with_rank, WITH_GRAD=with_grad,
-            BLOCK_D=block_d, BLOCK_S=4096 // block_d, BLOCK=1024, num_warps=4, enable_fp_fusion=True,
+            BLOCK_D=block_d, BLOCK_S=block_s, BLOCK=1024,
         )  # fmt: skip
     return outputs

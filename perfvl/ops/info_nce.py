@@ -273,7 +273,10 @@ class _InfoNCE(torch.autograd.Function):
         if g_positive is not None:
             along_positive = g_positive if along_positive is None else along_positive + g_positive
         grads: list[Tensor | None] = [None, None, None]
-        if ctx.needs_input_grad[0]:
+        one_factor = along_positive is None and g_loss is not None and g_loss.dim() == 0
+        if ctx.needs_input_grad[0] and one_factor and query.dtype == torch.float32:
+            grads[0] = grad_query * g_loss  # the common case, in half the host time of scale_rows
+        elif ctx.needs_input_grad[0]:
             grads[0] = _plus(along_loss, grad_query, along_positive, positive, inverse, query.dtype)
         if ctx.needs_input_grad[1]:
             pull = None if along_loss is None else along_loss * positive_weight * -inverse
@@ -335,7 +338,7 @@ def _cuda(
     from perfvl.kernels import info_nce as kernels
 
     # The one question that torch answers after its old and its new setters alike.
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = compute_dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return kernels.info_nce(
         query,
         positive,
