@@ -2,11 +2,15 @@
 
 The tensor between the two convolutions never leaves the chip: the input is read from memory about once, the output
 written once. For 128 -> 128 channels at 147 x 147 and N = 64 in bf16 that is 708 MB where two kernels move 1416 MB, for
-45 GFLOP on the tensor cores. A program owns a tile of pixels and all output channels (256 at most), so the depthwise
-part is computed once per pixel: per channel and tap one conversion and one multiply-add on the CUDA cores. Taps and
-neighbouring tiles read the same input again, from the L1 and L2 caches; tiles are shaped to keep that little.
+45 GFLOP on the tensor cores. A program owns a rectangle of pixels and all output channels (128 at most), so the
+depthwise part is computed once per pixel; a row of input is loaded and converted once for all rows of output that it
+serves. Measured on an H100: 472 us (two kernels 540, torch 564), 1.5 TB/s; 136 us for 96 -> 24 channels at 112 x 112
+with stride 2 in TF32 (torch 172), 2.4 TB/s; in NCHW, which a thread reads four bytes at a time, 1780 us for 64 -> 128
+channels at 512 x 512 and N = 16 in TF32 (two kernels 1880, torch 3630). What is left is waiting: 512 threads of a
+multiprocessor are too few to hide a tile's loads, its product and its way through shared memory behind one another.
 """
 
+# ruff: noqa: RUF005 (Triton has no stars in tuples)
 from __future__ import annotations
 
 import functools
@@ -21,7 +25,7 @@ from torch import Tensor
 from . import _tiles
 from ._separable_conv_statistics import merge_statistics
 
-WIDEST = 256  # output channels of one program
+WIDEST = 128  # output channels of one program
 _KERNELS = ((3, 3), (5, 5))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,149 +60,190 @@ def _affine(x, scale, shift, column, inside):
 
 
 @triton.jit
-def _pixels(N, OH, OW, tiles_h, tiles_w, BLOCK_P: tl.constexpr, TILE_W: tl.constexpr):
-    """(n, oh, ow, whether there is such a pixel) of this program: a rectangle of an image, or a run if TILE_W is 0."""
-    program = tl.program_id(0)
-    lane = tl.arange(0, BLOCK_P)
-    if TILE_W == 0:
-        first = program.to(tl.int64) * BLOCK_P
-        n = first // (OH * OW)
-        index = (first - n * (OH * OW)).to(tl.int32) + lane
-        n += index // (OH * OW)
-        index = index % (OH * OW)
-        oh = index // OW
-        ow = index % OW
-        exists = n < N
+def _below(v, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The rows of a tile, tensors [COLUMNS, CHANNELS], below each other."""
+    if ROWS == 1:
+        stacked = v[0]
+    elif ROWS == 2:
+        stacked = tl.reshape(tl.permute(tl.join(v[0], v[1]), (2, 0, 1)), [2 * COLUMNS, CHANNELS])
     else:
-        oh = (program // tiles_w) % tiles_h * (BLOCK_P // TILE_W) + lane // TILE_W
-        ow = program % tiles_w * TILE_W + lane % TILE_W
-        n = tl.zeros([BLOCK_P], tl.int64) + program // (tiles_w * tiles_h)
-        exists = (oh < OH) & (ow < OW)
-    return n, oh, ow, exists
+        joined = tl.join(tl.join(v[0], v[1]), tl.join(v[2], v[3]))
+        stacked = tl.reshape(tl.permute(joined, (3, 2, 0, 1)), [4 * COLUMNS, CHANNELS])
+    return stacked
+
+
+@triton.jit
+def _stack(v, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
+    """The same, so that a thread with neighbouring channels stores them at once for the product.
+
+    What is joined last comes first in the registers of a thread. That decides in which order the compiler lays a
+    tensor out in shared memory: rows first would mean one store for every number.
+    """
+    if ROWS == 1 or PLANES:
+        stacked = _below(v, ROWS, COLUMNS, CHANNELS)
+    else:
+        even = ()
+        odd = ()
+        for r in tl.static_range(ROWS):
+            one, other = tl.split(tl.reshape(v[r], [COLUMNS, CHANNELS // 2, 2]))
+            even = even + (one,)
+            odd = odd + (other,)
+        halves = tl.join(_below(even, ROWS, COLUMNS, CHANNELS // 2), _below(odd, ROWS, COLUMNS, CHANNELS // 2))
+        stacked = tl.reshape(halves, [ROWS * COLUMNS, CHANNELS])
+    return stacked
 
 
 @triton.jit(
     do_not_specialize=(
-        "N", "H", "W", "OH", "OW", "CO_units", "tiles_h", "tiles_w", "top", "left", "KH",
+        "H", "W", "OH", "OW_units", "CO_units", "tiles_h", "tiles_w", "top", "left",
         "stride_xn", "stride_xh", "stride_xw", "stride_rn", "stride_rh", "stride_rw",
     )
 )  # fmt: skip
 def _fused_kernel(
     input, scale, shift, taps, depthwise_bias, pointwise, output_scale, bias, residual,
     output, counts, means, squares,
-    N, H, W, OH, OW, CO_units, tiles_h, tiles_w, top, left, KH,
-    stride_xn, stride_xh, stride_xw, stride_rn, stride_rh, stride_rw, stride_ro,
-    C: tl.constexpr, UNIT: tl.constexpr, R_UNIT: tl.constexpr, CO_UNIT: tl.constexpr,
-    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PRE: tl.constexpr, MID: tl.constexpr, POST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    H, W, OH, OW_units, CO_units, tiles_h, tiles_w, top, left,
+    stride_xn, stride_xh, stride_xw, stride_xc, stride_rn, stride_rh, stride_rw, stride_ro,
+    C: tl.constexpr, PLANES: tl.constexpr,
+    UNIT: tl.constexpr, R_UNIT: tl.constexpr, CO_UNIT: tl.constexpr, OW_UNIT: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    PRE: tl.constexpr, MID: tl.constexpr, POST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """One tile of pixels. Strides of pixels come in units, which say how far loads may be vectorised."""
-    # 1. The pixels and, in the padded input, the upper left corner of what each of them reads.
-    n, oh, ow, exists = _pixels(N, OH, OW, tiles_h, tiles_w, BLOCK_P, TILE_W)
-    first_h = oh * SH - top
-    first_w = ow * SW - left
+    """One rectangle of pixels. Strides and sizes come in units, which say how far accesses may be vectorised."""
+    # 1. The rectangle and, in the padded input, the upper left corner of what it reads.
+    tile = tl.program_id(0)
+    n = (tile // (tiles_w * tiles_h)).to(tl.int64)
+    top_row = tile // tiles_w % tiles_h * ROWS
+    left_column = tile % tiles_w * COLUMNS
+    first_h = top_row * SH - top
+    first_w = left_column * SW - left
     corner = n * stride_xn + first_h.to(tl.int64) * stride_xh + first_w.to(tl.int64) * stride_xw
-    step_h = stride_xh.to(tl.int64) * DH
-    step_w = stride_xw.to(tl.int64) * DW
-    CO = CO_units * CO_UNIT
+    p = tl.arange(0, COLUMNS)
     o = tl.arange(0, BLOCK_O)
+    CO = CO_units * CO_UNIT
+    OW = OW_units * OW_UNIT
 
-    acc = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
+    acc = tl.zeros([ROWS * COLUMNS, BLOCK_O], tl.float32)
     for start in tl.range(0, C, BLOCK_C, num_stages=1):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c < C) | (C % BLOCK_C == 0)
-        # 2. Depthwise. The loop over rows stays a loop, its length unknown to the compiler: unrolled, every address and
-        # mask would be computed before the loop over channels and kept in registers. Padding is 0 after the prologue,
-        # whatever that makes of 0.
-        v = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        for i in tl.range(0, KH, num_stages=1):
-            h = first_h + i * DH
-            row = exists & (h >= 0) & (h < H)
-            for j in tl.static_range(KW):
-                w = first_w + j * DW
-                read = (row & (w >= 0) & (w < W))[:, None] & inside[None, :]
-                offset = (corner + (i * step_h + j * step_w)) * UNIT
-                a = tl.load(input + offset[:, None] + c[None, :], mask=read, other=0.0).to(tl.float32)
+        if PLANES:
+            within = (p * SW)[:, None] + (c * stride_xc)[None, :]
+        else:
+            within = (p * (SW * stride_xw) * UNIT)[:, None] + c[None, :]
+        # 2. Depthwise, one column of the kernel after the other. All rows of the input that it covers are asked for
+        # before the first is used; each serves up to KH rows of output. The loop stays a loop: unrolled, all weights
+        # would be kept in registers. Padding is 0 after the prologue, whatever that makes of 0.
+        v = ()
+        for _ in tl.static_range(ROWS):
+            v = v + (tl.zeros([COLUMNS, BLOCK_C], tl.float32),)
+        for j in tl.range(KW, num_stages=1):
+            w = first_w + j * DW + p * SW
+            column = (w >= 0) & (w < W)
+            k = ()
+            for i in tl.static_range(KH):
+                k = k + (tl.load(taps + (i * KW + j) * C + c, mask=inside, other=0.0)[None, :],)
+            for q in tl.static_range((ROWS - 1) * SH + (KH - 1) * DH + 1):
+                h = first_h + q
+                read = (column & (h >= 0) & (h < H))[:, None] & inside[None, :]
+                row = input + (corner + (q * stride_xh + j * (DW * stride_xw)).to(tl.int64)) * UNIT
+                a = tl.load(row + within, mask=read, other=0.0).to(tl.float32)
                 a = _activate(_affine(a, scale, shift, c, inside), PRE)
                 if scale is not None or shift is not None:
                     a = tl.where(read, a, 0.0)
-                v += a * tl.load(taps + (i * KW + j) * C + c, mask=inside, other=0.0)[None, :]
+                for r in tl.static_range(ROWS):
+                    if q - r * SH >= 0 and (q - r * SH) % DH == 0 and (q - r * SH) // DH < KH:
+                        v = v[:r] + (v[r] + a * k[(q - r * SH) // DH],) + v[r + 1 :]
 
         # 3. Rounded once, as if it had been stored, and multiplied.
-        weights = tl.load(
-            pointwise + (o * C)[:, None] + c[None, :], mask=(o < CO)[:, None] & inside[None, :], other=0.0
-        )
-        v = _activate(_affine(v, None, depthwise_bias, c, inside), MID).to(weights.dtype)
-        acc = tl.dot(v, tl.trans(weights), acc, input_precision=PRECISION)
+        rounded = ()
+        for r in tl.static_range(ROWS):
+            activated = _activate(_affine(v[r], None, depthwise_bias, c, inside), MID)
+            rounded = rounded + (activated.to(pointwise.dtype.element_ty),)
+        mask = (o < CO)[:, None] & inside[None, :]
+        weights = tl.load(pointwise + (o * C)[:, None] + c[None, :], mask=mask, other=0.0)
+        u = _stack(rounded, ROWS, COLUMNS, BLOCK_C, PLANES)
+        acc = tl.dot(u, tl.trans(weights), acc, input_precision="tf32")
 
     # 4. Epilogue.
     y = _activate(_affine(acc, output_scale, bias, o, o < CO), POST)
+    oh = top_row + tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    ow = left_column + tl.arange(0, ROWS * COLUMNS) % COLUMNS
+    exists = (oh < OH) & (ow < OW)
     write = exists[:, None] & (o < CO)[None, :]
     if residual is not None:
         offset = (n * stride_rn + oh.to(tl.int64) * stride_rh + ow.to(tl.int64) * stride_rw) * R_UNIT
         pointers = residual + offset[:, None] + o.to(tl.int64)[None, :] * stride_ro
         y += tl.load(pointers, mask=write, other=0.0).to(tl.float32)
-    rounded = y.to(output.dtype.element_ty)
-    offset = ((n * OH + oh) * OW + ow) * CO
-    tl.store(output + offset[:, None] + o[None, :], rounded, mask=write)
+    rounded_y = y.to(output.dtype.element_ty)
+    if PLANES:
+        offset = (oh * OW_units * OW_UNIT + ow)[:, None] + (o * (OH * OW_units) * OW_UNIT)[None, :]
+        tl.store(output + n * CO * OH * OW + offset, rounded_y, mask=write)
+    else:
+        offset = (((oh - top_row) * OW + ow) * CO_units * CO_UNIT)[:, None] + o[None, :]
+        tl.store(output + (n * OH + top_row) * OW * CO + offset, rounded_y, mask=write)
 
     # 5. Statistics of the tile, of the numbers that were stored.
     if counts is not None:
-        program = tl.program_id(0).to(tl.int64)
         count = tl.sum(exists.to(tl.float32), 0)
-        z = tl.where(write, rounded.to(tl.float32), 0.0)
+        z = tl.where(write, rounded_y.to(tl.float32), 0.0)
         mean = tl.sum(z, 0) / count
         deviation = tl.where(write, z - mean[None, :], 0.0)
-        tl.store(counts + program, count)
-        tl.store(means + program * CO + o, mean, mask=o < CO)
-        tl.store(squares + program * CO + o, tl.sum(deviation * deviation, 0), mask=o < CO)
+        tl.store(counts + tile, count)
+        tl.store(means + tile.to(tl.int64) * CO + o, mean, mask=o < CO)
+        tl.store(squares + tile.to(tl.int64) * CO + o, tl.sum(deviation * deviation, 0), mask=o < CO)
 
 
 class Tiles(NamedTuple):
-    pixels: int
+    rows: int
+    columns: int
     channels: int  # input channels of one step
     outputs: int
-    registers: int | None  # of a thread; None: as many as the compiler likes
-
-
-def _choose_tiles(
-    C: int, CO: int, kernel: int, dtype: torch.dtype, affine: bool, precision: str, capability: int
-) -> Tiles:
-    """Tiles for 8 warps, from compiled register counts: none of them spills in a loop, on sm_80 to sm_120.
-
-    64 x 256 sums are 64 registers of a thread, 128 x 64 sums 32. If a thread has 128 registers, two programs share a
-    multiprocessor, each of them loading while the other multiplies. Five taps in flight leave room for half the pixels.
-    A step in channels is 64 bytes of a pixel, or half of that where the most sums stand beside five taps or an affine
-    prologue. The most sums of tcgen05, which moves them, and float32 without tensor cores take what they need.
-    """
-    block_o = max(16, triton.next_power_of_2(CO))
-    most = block_o == 256
-    block_c = 16 if C <= 16 or (most and (affine or kernel > 3)) else 64 // dtype.itemsize
-    fits = not (most and capability // 10 == 10) and not (dtype == torch.float32 and precision == "ieee")
-    return Tiles(128 if block_o <= 64 and kernel == 3 else 64, block_c, block_o, 128 if fits else None)
+    warps: int
+    registers: int  # of a thread, at most
 
 
 @functools.lru_cache(maxsize=1024)
-def tile_width(
-    pixels: int, size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> int:
-    """The width of the tiles of so many pixels that read the least input; 0 for runs of pixels across rows.
+def choose_tiles(
+    C: int,
+    CO: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    planes: bool,
+    affine: bool,
+    capability: int,
+) -> Tiles:
+    """Rows and columns that read the least input, pixels outside the output included; the rest from register counts.
 
-    Runs waste nothing at the borders of small images. In a wide one they read as many rows as the kernel is high, each
-    run for itself, where the rows of a rectangle share them.
+    None of these spills in a loop, on sm_80 to sm_120. A thread has eight channels of a pixel in each row (16 bytes, or
+    twice that in float32), half of that in planes, beside an affine prologue and beside many sums that several steps
+    add to, and 128 registers, so that 512 threads share a multiprocessor. tcgen05, which moves sums through registers,
+    takes what it needs, and so do planes where the tensor cores read their operands from registers.
     """
-    height, width = size
     halo_h, halo_w = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
 
-    def reads(rows: float, columns: float) -> float:
-        return ((rows - 1) * stride[0] + 1 + halo_h) * ((columns - 1) * stride[1] + 1 + halo_w)
+    def reads(shape: tuple[int, int]) -> int:
+        rows, columns = shape
+        programs = triton.cdiv(size[0], rows) * triton.cdiv(size[1], columns)
+        return programs * ((rows - 1) * stride[0] + 1 + halo_h) * ((columns - 1) * stride[1] + 1 + halo_w)
 
-    costs = {0: height * width / pixels * reads(1 + (pixels - 1) / width, min(width, pixels))}
-    for columns in (8, 16, 32):
-        rows = pixels // columns
-        costs[columns] = triton.cdiv(height, rows) * triton.cdiv(width, columns) * reads(rows, columns)
-    return min(costs, key=costs.__getitem__)
+    shapes = ((4, 32), (2, 64)) if planes else ((4, 16), (2, 32), (1, 64))
+    few_rows = kernel[0] > 3 or (planes and (affine or stride != (1, 1)))
+    rows, columns = min(shapes[1:] if few_rows else shapes, key=reads)
+    lean, many_sums = planes or affine, CO > 64
+    widest = (1024 if lean else 2048) // columns
+    if many_sums and not planes and widest < C:
+        widest //= 2
+    # One step where it can be; else the largest that is mostly filled.
+    block_c = widest
+    while block_c > 16 and (block_c >= 2 * C or (widest < C and -C % block_c > 0.15 * C)):
+        block_c //= 2
+    warps = 8 if lean or many_sums or columns * block_c > 1024 else 4
+    takes_all = capability // 10 == 10 or (planes and capability // 10 != 9)
+    return Tiles(rows, columns, block_c, max(16, triton.next_power_of_2(CO)), warps, 255 if takes_all else 128)
 
 
 def _output_size(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes) -> tuple[int, int]:
@@ -226,17 +271,22 @@ def supports(
     input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> bool:
     """Whether `fused_forward` takes these shapes, dtypes and layouts."""
-    return (
+    if not (
         input.dtype in _DTYPES
         and input.dtype == depthwise_weight.dtype == pointwise_weight.dtype
         and input.numel() > 0
         and input.shape[1] > 1
-        and input.stride(1) == 1
+        and (input.stride(1) == 1 or (input.stride(3) == 1 and input.dtype == torch.float32))
         and depthwise_weight.shape[0] == input.shape[1]
-        and tuple(depthwise_weight.shape[2:]) in _KERNELS
+        and tuple(depthwise_weight.shape[2:]) in (_KERNELS if input.stride(1) == 1 else _KERNELS[:1])
         and 0 < pointwise_weight.shape[0] <= WIDEST
-        and max(math.prod(_output_size(input, depthwise_weight, stride, padding, dilation)), *input.shape) < 2**30
-    )
+    ):
+        return False
+    size = math.prod(_output_size(input, depthwise_weight, stride, padding, dilation))
+    reach = sum((n - 1) * step for n, step in zip(input.shape[1:], input.stride()[1:], strict=True))
+    of_a_tile = 64 * max(*stride, *dilation) * max(input.stride()[2:])
+    # Offsets inside an image are 32-bit, with room for what a tile hangs over.
+    return max(*input.shape, reach, of_a_tile, size * pointwise_weight.shape[0]) < 2**30
 
 
 def fused_forward(
@@ -256,33 +306,35 @@ def fused_forward(
     activation: int,
     statistics: bool,
     *,
-    input_precision: str,
     mid_scale: Tensor | None = None,
     output_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`perfvl::separable_conv` for what `supports`: (output, mean, variance), the output channels_last.
+    """`perfvl::separable_conv` for what `supports`: (output, mean, variance), the output channels_last or NCHW.
 
     With ``v = mid(depthwise pre(input * scale + shift) * mid_scale + depthwise_bias)`` the output is
     ``act(pointwise v * output_scale + bias) + residual``. Scales are dense and float32, shifts and biases of any
     floating dtype up to 32 bits; `residual` has the output's shape, any strides. Activations are the codes of the op.
-    `input_precision` ("ieee" or "tf32") says how float32 operands are multiplied and is ignored for others. Two
+    float32 operands are multiplied as TF32. Two
     launches, and with statistics one to three that join them. No host synchronisation and no tuning: kernels are
     compiled per layer (dtype, channels, kernel, options) and shape of tile, never per size of the image or the batch.
     """
     (N, C, H, W), CO = input.shape, pointwise_weight.shape[0]
     kernel = (depthwise_weight.shape[2], depthwise_weight.shape[3])
     size = OH, OW = _output_size(input, depthwise_weight, stride, padding, dilation)
-    affine = scale is not None or shift is not None
-    capability = _tiles.gpu_limits(input.device).capability
-    tiles = _choose_tiles(C, CO, kernel[1], input.dtype, affine, input_precision, capability)
-    width = tile_width(tiles.pixels, size, kernel, tuple(stride), tuple(dilation))
-    tiles_h, tiles_w = (triton.cdiv(OH, tiles.pixels // width), triton.cdiv(OW, width)) if width else (0, 0)
-    programs = N * tiles_h * tiles_w if width else triton.cdiv(N * OH * OW, tiles.pixels)
-    input_strides, unit = _pixel_strides(input, C)
+    planes = input.stride(1) != 1
+    tiles = choose_tiles(
+        C, CO, size, kernel, tuple(stride), tuple(dilation), planes, scale is not None or shift is not None,
+        _tiles.gpu_limits(input.device).capability,
+    )  # fmt: skip
+    tiles_h, tiles_w = triton.cdiv(OH, tiles.rows), triton.cdiv(OW, tiles.columns)
+    programs = N * tiles_h * tiles_w
+    input_strides, unit = ([input.stride(d) for d in (0, 2, 3)], 1) if planes else _pixel_strides(input, C)
     residual_strides, residual_unit = ([0, 0, 0], 1) if residual is None else _pixel_strides(residual)
-    output_unit = math.gcd(16 // input.itemsize, CO)
+    vector = 16 // input.itemsize
+    output_unit, width_unit = (1, math.gcd(vector, OW)) if planes else (math.gcd(vector, CO), 1)
 
-    output = torch.empty((N, CO, OH, OW), dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    memory = torch.contiguous_format if planes else torch.channels_last
+    output = torch.empty((N, CO, OH, OW), dtype=input.dtype, device=input.device, memory_format=memory)
     float32 = {"dtype": torch.float32, "device": input.device}
     # Channels innermost, so that a thread reads its weights of one tap at once, and not each of them alone: that is
     # worth a launch, since there are as many of them as pixels. A scale after the convolution costs nothing here.
@@ -296,13 +348,13 @@ def fused_forward(
         _fused_kernel[(programs,)](
             input, scale, shift, taps, depthwise_bias, pointwise_weight.contiguous(), output_scale, bias, residual,
             output, *partials,
-            N, H, W, OH, OW, CO // output_unit, tiles_h, tiles_w, padding[0], padding[2], kernel[0],
-            *input_strides, *residual_strides, 1 if residual is None else residual.stride(1),
-            C=C, UNIT=unit, R_UNIT=residual_unit, CO_UNIT=output_unit,
-            KW=kernel[1], SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1],
-            PRE=pre_activation, MID=mid_activation, POST=activation, PRECISION=input_precision,
-            BLOCK_P=tiles.pixels, TILE_W=width, BLOCK_C=tiles.channels, BLOCK_O=tiles.outputs,
-            num_warps=8, maxnreg=tiles.registers, enable_fp_fusion=True,
+            H, W, OH, OW // width_unit, CO // output_unit, tiles_h, tiles_w, padding[0], padding[2],
+            *input_strides, input.stride(1), *residual_strides, 1 if residual is None else residual.stride(1),
+            C=C, PLANES=planes, UNIT=unit, R_UNIT=residual_unit, CO_UNIT=output_unit, OW_UNIT=width_unit,
+            KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1],
+            PRE=pre_activation, MID=mid_activation, POST=activation,
+            ROWS=tiles.rows, COLUMNS=tiles.columns, BLOCK_C=tiles.channels, BLOCK_O=tiles.outputs,
+            num_warps=tiles.warps, maxnreg=tiles.registers, enable_fp_fusion=True,
         )  # fmt: skip
         if statistics:
             mean, variance = merge_statistics(*partials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,7 +56,6 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "_depthwise", depthwise)
     monkeypatch.setattr(cuda, "_depthwise_backward", depthwise_backward)
     monkeypatch.setattr(cuda, "_statistics", reference.channel_statistics)
-    monkeypatch.setattr(cuda, "_l2_bytes", lambda device: 2 * 12 * 2 * 9 * 8 * 2)  # two images of 12 channels
 
 
 def tensors(dtype, layout, multiplier=1):
@@ -102,7 +102,7 @@ def test_output_is_that_of_the_definition(dtype, layout, multiplier, plain):
     assert got.is_contiguous(memory_format=layout)
     for found, expected in zip((mean, variance), reference.channel_statistics(got), strict=True):
         torch.testing.assert_close(found, expected)
-    assert ([5] if dtype == torch.float32 else [2, 2, 1]) == CALLS
+    assert CALLS == [5]  # all images at once
 
 
 @pytest.mark.parametrize(("dtype", "layout", "multiplier"), CONFIGURATIONS)
@@ -146,3 +146,30 @@ def test_gradients_are_those_of_the_definition(dtype, layout, multiplier, plain)
     )
     assert [tuple(v.shape) for v in nothing] == [(0,)] * 5 + [(7,)]
     torch.testing.assert_close(nothing[5], found[5])
+
+
+def fuses(C, CO, size, *, N=64, k=3, stride=1, dtype=torch.bfloat16, layout=torch.channels_last, norm=False):
+    x = torch.empty((N, C, size, size), dtype=dtype, device="meta", memory_format=layout)
+    weights = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((C, 1, k, k), (CO, C, 1, 1)))
+    scale = torch.empty(C, device="meta") if norm else None
+    return cuda._fuses(x, scale, *weights, ([stride] * 2, [k // 2] * 4, [1, 1]))
+
+
+def test_one_kernel_where_it_is_faster(monkeypatch):
+    pytest.importorskip("triton", reason="the one kernel needs Triton")
+    monkeypatch.setattr(cuda.backends, "missing", lambda *_: None)
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="tf32"))
+    planes = {"layout": torch.contiguous_format}
+    assert fuses(128, 128, 147)
+    assert fuses(96, 24, 112, stride=2, dtype=torch.float32)
+    assert fuses(64, 128, 512, N=16, dtype=torch.float32, **planes)
+    assert not fuses(64, 128, 512, N=16, **planes)
+    assert not fuses(728, 728, 19)
+    assert not fuses(256, 256, 74)
+    assert not fuses(128, 128, 147, norm=True)
+    assert not fuses(192, 32, 28)  # few pixels
+    assert not fuses(192, 32, 19, N=1024)  # a third of the tiles outside the image
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="ieee"))
+    assert not fuses(96, 24, 112, stride=2, dtype=torch.float32)
+    monkeypatch.setattr(cuda.backends, "missing", lambda *_: "no Triton")
+    assert not fuses(128, 128, 147)
