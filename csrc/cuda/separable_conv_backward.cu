@@ -1,15 +1,18 @@
 // Depthwise convolution, backward: gradients of the input, of its scale and shift, and of the weight, in one pass.
 //
-// Expected cost (counted, not measured): grad_output and input read once, grad_input written once, 6 bytes an element
-// in 16 bits, 12 in float32; a kernel for each gradient would read grad_output twice. A thread takes V channels of a
-// tile of input pixels. These share a neighbourhood of grad_output, and each of its elements serves both sums:
+// Cost: grad_output and input read once, grad_input written once, 6 bytes an element in 16 bits, 12 in float32; a
+// kernel for each gradient would read grad_output twice. The pixels of a tile of input share a neighbourhood of
+// grad_output, and each of its elements serves both sums:
 //   grad_a[y] += weight[i] grad_output[y - i]    and    grad_weight[i] += a[y] grad_output[y - i],
-// 18 FMAs a pixel of a 3x3, about 40 instructions with loads: 0.75e12 pixels a second, 4.4 TB/s in 16 bits. A block
-// takes many strips before it adds up its weight gradients, so partial sums are a few percent of the bytes. Other than
-// 3x3, 5x5 and 7x7, and stride 2 but for 3x3 and 5x5 in NHWC: separable_conv_any.cuh, one kernel per gradient.
+// 18 FMAs a pixel of a 3x3. A block takes many tiles before it adds up its weight gradients, so partial sums are a few
+// percent of the bytes. 3x3 of stride 1: separable_conv_walk_backward.cuh (of neighbouring channels; on an H100 at 1.6
+// TB/s in 16 bits and 2.3 in float32) and separable_conv_rows_backward.cuh (of planes: 2.7 TB/s). Here are 5x5, 7x7,
+// and stride 2 of 3x3 and 5x5 in NHWC; for all the rest separable_conv_any.cuh, one kernel per gradient.
 #include "cuda/separable_conv_any.cuh"
 #include "cuda/separable_conv_reduce.cuh"
+#include "cuda/separable_conv_rows_backward.cuh"
 #include "cuda/separable_conv_tiles.cuh"
+#include "cuda/separable_conv_walk_backward.cuh"
 
 namespace perfvl::cuda {
 namespace {
@@ -199,9 +202,17 @@ bool tiles_of(const DepthwiseConvBackward& b, Shape shape, Tiles& tiles) {
                     int64_t(shape.side) * shape.side, shape.side == 7 ? kThreads<7> : kThreads<5>, kBlocks);
 }
 
+// Of the partial sums; 0 where the kernel will refuse.
+int64_t parts_of(const DepthwiseConvBackward& b, Shape shape) {
+  Tiles tiles;
+  Walks walks;
+  if (!is_3x3(b.forward)) return tiles_of(b, shape, tiles) ? tiles.parts : 0;
+  if (shape.vector == 1) return rows_of(b, tiles) ? tiles.parts : 0;
+  return walks_of(b, walks) ? walks.parts : 0;
+}
+
 template <class T, int V, int kSide, int kStride>
 int run(const DepthwiseConvBackward& b, void* scratch, void* stream) {
-  const DepthwiseConv& c = b.forward;
   Tiles tiles;
   if (!tiles_of(b, {kSide, V}, tiles)) return kInvalidArgument;
   constexpr int64_t taps = kSide * kSide;
@@ -210,19 +221,20 @@ int run(const DepthwiseConvBackward& b, void* scratch, void* stream) {
   float* partials = static_cast<float*>(scratch);
   int error =
       launch(backward_kernel<T, V, kSide, kStride>, tiles.grid(), tiles.block(), shared, stream, b, tiles, partials);
-  int64_t from = b.grad_weight ? 0 : taps, to = b.grad_scale ? taps + 2 : taps;
-  if (error || from == to) return error;
-  PartialSums sums{partials, int64_t(tiles.parts), c.channels, taps + 2, from, to, taps};
-  sums.weight = b.grad_weight, sums.scale = b.grad_scale, sums.shift = b.grad_shift;
-  return sum_parts<T>(sums, stream);
+  return error ? error : sum_parts_of<T>(b, partials, tiles.parts, stream);
 }
 
 template <class T, int kSide>
 int run(const DepthwiseConvBackward& b, int vector, void* scratch, void* stream) {
-  if (vector == 1) return run<T, 1, kSide, 1>(b, scratch, stream);
-  if constexpr (kSide < 7)
-    if (b.forward.h.stride == 2) return run<T, kVector<kSide>, kSide, 2>(b, scratch, stream);
-  return run<T, kVector<kSide>, kSide, 1>(b, scratch, stream);
+  if constexpr (kSide == 3) {
+    if (b.forward.h.stride == 2) return run<T, kVector<3>, 3, 2>(b, scratch, stream);
+    return vector == 1 ? rows_backward<T>(b, scratch, stream) : walk_backward<T>(b, scratch, stream);
+  } else {
+    if (vector == 1) return run<T, 1, kSide, 1>(b, scratch, stream);
+    if constexpr (kSide == 5)
+      if (b.forward.h.stride == 2) return run<T, kVector<5>, 5, 2>(b, scratch, stream);
+    return run<T, kVector<kSide>, kSide, 1>(b, scratch, stream);
+  }
 }
 
 }  // namespace
@@ -230,10 +242,8 @@ int run(const DepthwiseConvBackward& b, int vector, void* scratch, void* stream)
 int64_t depthwise_conv_backward_scratch_bytes(const DepthwiseConvBackward& b) {
   Shape shape = shape_of(b);
   if (shape.side == 0) return any_backward_scratch_bytes(b);
-  Tiles tiles;
-  if (!tiles_of(b, shape, tiles)) return 0;
-  return round_up(int64_t(tiles.parts) * (shape.side * shape.side + 2) * b.forward.channels * int64_t(sizeof(float)),
-                  64);
+  int64_t sums = parts_of(b, shape) * (shape.side * shape.side + 2) * b.forward.channels;
+  return round_up(sums * int64_t(sizeof(float)), 64);
 }
 
 int depthwise_conv_backward(const DepthwiseConvBackward& b, void* scratch, void* stream) {

@@ -26,6 +26,29 @@ __device__ inline float sum_over_workers(const float (&x)[V], int width, float* 
   return sum;
 }
 
+// Rows from `begin` to `end` of sums over the block's workers, into to[kRows][stride], of which `channels` are there.
+template <int kRows, int V>
+__device__ inline void store_sums(float (&x)[kRows][V], int begin, int end, int width, float* shared, int64_t channels,
+                                  int64_t stride, float* to) {
+  int lanes = int(blockDim.x), threads = lanes * int(blockDim.y), thread = int(threadIdx.y) * lanes + int(threadIdx.x);
+  __syncthreads();  // of what lay in `shared`, everybody has read
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      for (int step = 16; step >= lanes; step /= 2) x[r][v] += __shfl_xor_sync(kWholeWarp, x[r][v], step);
+      if (thread % 32 < lanes) shared[(thread / 32 * kRows + r) * width + int(threadIdx.x) * V + v] = x[r][v];
+    }
+  }
+  __syncthreads();
+  for (int e = begin * width + thread; e < end * width; e += threads) {
+    int r = e / width, of = e - r * width;
+    float sum = 0.f;
+    for (int warp = 0; warp < threads / 32; ++warp) sum += shared[warp * kRows * width + e];
+    if (of < channels) to[r * stride + of] = sum;
+  }
+}
+
 // Partial sums [parts][rows][channels], of which rows from `first` to `last` are wanted. Row r < taps goes to
 // weight[c, r], the two rows after these to scale and shift.
 struct PartialSums {
@@ -62,6 +85,17 @@ template <class T>
 int sum_parts(const PartialSums& s, void* stream) {
   dim3 grid(unsigned((s.last - s.first) * ceil_div(s.channels, kFinishLanes)));
   return launch(sum_parts_kernel<T>, grid, dim3(kFinishLanes, kFinishWorkers), 0, stream, s);
+}
+
+// The gradients that are wanted, from partials[parts][taps, scale, shift][channels].
+template <class T>
+int sum_parts_of(const DepthwiseConvBackward& b, const float* partials, int64_t parts, void* stream) {
+  int64_t taps = b.forward.h.kernel * b.forward.w.kernel;
+  int64_t from = b.grad_weight ? 0 : taps, to = b.grad_scale ? taps + 2 : taps;
+  if (from == to) return 0;
+  PartialSums sums{partials, parts, b.forward.channels, taps + 2, from, to, taps};
+  sums.weight = b.grad_weight, sums.scale = b.grad_scale, sums.shift = b.grad_shift;
+  return sum_parts<T>(sums, stream);
 }
 
 }  // namespace

@@ -75,12 +75,12 @@ inline bool make_tiles(Tiles& tiles, int64_t channels, int vector, bool channels
   // 32 channels, 64 bytes or more, leave many columns of pixels to a block, which share what they read.
   unsigned lanes = 1;
   if (channels_last) {
-    while (lanes * vector < 32 && lanes < vectors) lanes *= 2;
-    while (lanes > 8 && 8 * round_up(vectors, lanes) > 9 * vectors) lanes /= 2;
+    while ((lanes * vector < 32 || lanes < 8) && lanes < vectors) lanes *= 2;
+    while ((lanes > 8 || lanes * vector > 32) && 8 * round_up(vectors, lanes) > 9 * vectors) lanes /= 2;
   }
   while (lanes > 1 && lanes * vector * taps * int64_t(sizeof(float)) > kSharedBytes / 2) lanes /= 2;
   int64_t groups = ceil_div(vectors, lanes);
-  int64_t parts = std::min(ceil_div(all * lanes, threads), std::max<int64_t>(1, ceil_div(blocks, groups)));
+  int64_t parts = std::min(ceil_div(all * lanes, threads), std::max<int64_t>(1, blocks / groups));
   if (all >= int64_t(1) << 31 || groups * parts >= int64_t(1) << 31) return false;
   tiles.lanes = lanes, tiles.workers = threads / lanes;
   tiles.groups = unsigned(groups), tiles.parts = unsigned(parts);
@@ -91,7 +91,62 @@ inline bool make_tiles(Tiles& tiles, int64_t channels, int vector, bool channels
   return true;
 }
 
+// How many blocks of the kernel a device runs at a time; asked once, of the device that needs it first.
+template <auto kKernel>
+int64_t one_wave(unsigned threads) {
+#if defined(__CUDACC__)
+  static const int64_t blocks = [&] {
+    int device = 0, count = 1, each = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, int(threads), 0);
+    return int64_t(count) * each;
+  }();
+  return blocks;
+#else
+  return threads ? 5 : 0;  // so few that threads take many strips
+#endif
+}
+
+// Walks along rows. The workers of a block walk side by side, each along a strip of its own; column after column of all
+// such groups of strips, a block's part is `length` of them.
+struct Walks : Tiles {
+  unsigned length, stop;
+
+  // This thread's place, and how many of the `columns` of its strip come before `end`; `position` moves beyond them.
+  // The last group has strips of no image.
+  __device__ int at(unsigned& position, unsigned end, int columns, Place& place) const {
+    unsigned column = position, strip = by_column.split(column) * workers + threadIdx.y;
+    place.column = int(column);
+    place.image = by_strip.split(strip);
+    place.strip = int(strip);
+    unsigned left = unsigned(columns) - column, count = end - position < left ? end - position : left;
+    position += count;
+    return int(count);
+  }
+};
+
+// `columns` of `strips` in each image, by neighbouring channels.
+inline bool make_walks(Walks& walks, int64_t channels, int vector, int64_t batch, int64_t strips, int64_t columns,
+                       unsigned threads, int64_t blocks) {
+  constexpr int64_t shortest = 6;  // where two walks meet, both load the columns between them
+  if (!make_tiles(walks, channels, vector, true, batch, strips, columns, 9, threads, blocks)) return false;
+  int64_t stop = ceil_div(batch * strips, walks.workers) * columns;
+  if (stop >= int64_t(1) << 31) return false;
+  int64_t length = ceil_div(stop, std::min<int64_t>(walks.parts, ceil_div(stop, shortest)));
+  walks.length = unsigned(length), walks.stop = unsigned(stop), walks.parts = unsigned(ceil_div(stop, length));
+  return true;
+}
+
 inline bool is_channels_last(const Image& image, int64_t channels) { return channels > 1 && image.c_stride == 1; }
+
+inline bool is_3x3(const DepthwiseConv& c) {  // of stride and dilation 1
+  auto three = [](const Side& side) { return side.kernel == 3 && side.stride == 1 && side.dilation == 1; };
+  return three(c.h) && three(c.w);
+}
+
+// Whether nothing stands before the convolution.
+inline bool is_plain(const DepthwiseConv& c) { return !c.scale && !c.shift && c.pre == Activation::none; }
 
 // Whether V neighbouring channels of every pixel are one aligned vector.
 inline bool vectors_fit(const Image& image, int64_t channels, int vector, int64_t item) {
@@ -164,7 +219,8 @@ struct Prologue {
 };
 
 // The weights of the block's channels from `channel` on, as float32 [kw][kh][channels of the block] in shared memory.
-template <class T>
+// Of vectors of V channels, the first four of every lane come first: lanes would meet in a bank if all eight did.
+template <class T, int V = 4>
 __device__ inline void stage_weights(const DepthwiseConv& c, int64_t channel, int width, float* staged) {
   int kh = int(c.h.kernel), kw = int(c.w.kernel), taps = kh * kw;
   int threads = int(blockDim.x * blockDim.y), thread = int(threadIdx.y * blockDim.x + threadIdx.x);
@@ -172,7 +228,8 @@ __device__ inline void stage_weights(const DepthwiseConv& c, int64_t channel, in
     int of = e / taps, tap = e - of * taps, i = tap / kw, l = tap - i * kw;
     bool exists = channel + of < c.outputs;
     const T* from = static_cast<const T*>(c.weight.data) + (channel + of) * c.weight.n_stride;
-    staged[(l * kh + i) * width + of] = exists ? to_float(from[i * c.weight.h_stride + l * c.weight.w_stride]) : 0.f;
+    int place = V <= 4 ? of : of % V / 4 * (width / V * 4) + of / V * 4 + of % 4;
+    staged[(l * kh + i) * width + place] = exists ? to_float(from[i * c.weight.h_stride + l * c.weight.w_stride]) : 0.f;
   }
   __syncthreads();
 }
