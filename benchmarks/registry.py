@@ -17,8 +17,12 @@ MODULES = {
     "small_loss": ("small_loss", "small_loss_steps"),
     "separable_conv": ("separable_conv", "xception_step"),
     "upsample_conv": ("upsample_conv",),
+    "color_transform": ("color_transform",),
     "conditioning": ("conditioning",),
+    "pooling": ("pooling",),
     "stackgan_step": ("stackgan_step",),
+    "activation": ("activation",),
+    "lsuv": ("lsuv",),
     "moco_digits": ("moco_digits",),
 }
 

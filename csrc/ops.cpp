@@ -10,10 +10,13 @@
 #include <tuple>
 #include <vector>
 
+#include "activation_tensors.h"
+#include "color_transform_tensors.h"
 #include "conditioning_tensors.h"
 #include "cpu/isa.h"
 #include "gan_loss_tensors.h"
 #include "momentum_pairs.h"
+#include "pooling_tensors.h"
 #include "ring_write.h"
 #include "separable_conv_tensors.h"
 #include "small_loss_tensors.h"
@@ -309,6 +312,48 @@ std::tuple<Tensor, Tensor, Tensor> upsample_conv_backward(const Tensor& grad_out
   return {grad_input, grad_weight, grad_bias};
 }
 
+Tensor color_transform(const Tensor& pixels, const Tensor& weight1, std::optional<Tensor> bias1, const Tensor& weight2,
+                       std::optional<Tensor> bias2, std::optional<Tensor> mean, double scale, double negative_slope,
+                       bool residual) {
+  ColorTransform transform =
+      color_transform_arguments(pixels, weight1, bias1, weight2, bias2, mean, scale, negative_slope, residual);
+  Tensor output = empty_image(is_channels_last(pixels), weight1.scalar_type(), transform.batch, transform.outputs,
+                              transform.height, transform.width, aoti_torch_device_type_cpu(), 0);
+  transform.output = image(output);
+  current_level()->color_transform->run(transform, host());
+  return output;
+}
+
+ColorTransformGradients color_transform_backward(const Tensor& grad_output, const Tensor& pixels, const Tensor& weight1,
+                                                 std::optional<Tensor> bias1, const Tensor& weight2,
+                                                 std::optional<Tensor> bias2, std::optional<Tensor> mean, double scale,
+                                                 double negative_slope, bool residual, bool need_image,
+                                                 bool need_weights) {
+  ColorTransformBackward b{};
+  b.forward = color_transform_arguments(pixels, weight1, bias1, weight2, bias2, mean, scale, negative_slope, residual);
+  const ColorTransform& t = b.forward;
+  b.grad_output = image(grad_output);
+  Tensor grad_image = need_image ? empty_image(is_channels_last(pixels), pixels.scalar_type(), t.batch, t.channels,
+                                               t.height, t.width, aoti_torch_device_type_cpu(), 0)
+                                 : empty_dense({0}, t.bytes ? aoti_torch_dtype_uint8() : shim_dtype(t.image.dtype));
+  auto floats = [&](bool given, const std::vector<int64_t>& sizes) {
+    return empty_float(given && need_weights ? sizes : std::vector<int64_t>{0});
+  };
+  Tensor grad_weight1 = floats(true, {t.hidden, t.channels, 1, 1}), grad_bias1 = floats(bool(bias1), {t.hidden});
+  Tensor grad_weight2 = floats(true, {t.outputs, t.hidden, 1, 1}), grad_bias2 = floats(bool(bias2), {t.outputs});
+  if (need_image) b.grad_image = image(grad_image);
+  if (need_weights) {
+    b.grad_weight1 = static_cast<float*>(grad_weight1.mutable_data_ptr());
+    b.grad_weight2 = static_cast<float*>(grad_weight2.mutable_data_ptr());
+    if (bias1) b.grad_bias1 = static_cast<float*>(grad_bias1.mutable_data_ptr());
+    if (bias2) b.grad_bias2 = static_cast<float*>(grad_bias2.mutable_data_ptr());
+  }
+  const ColorTransformKernel& kernel = *current_level()->color_transform;
+  Tensor scratch = kept_scratch_of(kernel.backward_scratch_bytes(b));
+  kernel.backward(b, scratch.mutable_data_ptr(), host());
+  return {grad_image, grad_weight1, grad_bias1, grad_weight2, grad_bias2};
+}
+
 Tensor condition_taps(const Tensor& condition, const Tensor& weight) {
   Tensor taps = empty_taps(condition.size(0), weight.size(0), aoti_torch_device_type_cpu(), 0);
   ConditionTaps problem{matrix(condition), image(weight), weight.size(0), static_cast<float*>(taps.mutable_data_ptr())};
@@ -348,6 +393,114 @@ Tensor conditioning_augmentation_backward(std::optional<Tensor> grad_condition, 
   return grad;
 }
 
+PoolOutputs max_avg_pool(const Tensor& input, std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                         std::vector<int64_t> padding, bool ceil_mode, bool with_argmax) {
+  Pool pool{};
+  PoolOutputs outputs = pool_arguments(input, kernel, stride, padding, ceil_mode, with_argmax, pool);
+  const PoolingKernel& kernels = *current_level()->pooling;
+  Host services = host();
+  Tensor scratch = kept_scratch_of(kernels.scratch_bytes(pool, services));
+  kernels.max_average(pool, scratch.mutable_data_ptr(), services);
+  return outputs;
+}
+
+PoolOutputs stochastic_pool(const Tensor& input, std::optional<Tensor> uniform, std::vector<int64_t> kernel,
+                            std::vector<int64_t> stride, std::vector<int64_t> padding, bool ceil_mode) {
+  StochasticPool problem{};
+  PoolOutputs outputs = pool_arguments(input, kernel, stride, padding, ceil_mode, uniform.has_value(), problem.pool);
+  problem.uniform = image(uniform);
+  const PoolingKernel& kernels = *current_level()->pooling;
+  Host services = host();
+  Tensor scratch = kept_scratch_of(kernels.scratch_bytes(problem.pool, services));
+  kernels.stochastic(problem, scratch.mutable_data_ptr(), services);
+  return outputs;
+}
+
+Tensor pool_backward(const Tensor& grad_output, const Tensor& positions, const std::vector<int64_t>& size,
+                     const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, bool average) {
+  PoolBackward backward{};
+  Tensor grad = pool_backward_arguments(grad_output, positions, size, kernel, stride, padding, average, backward);
+  const PoolingKernel& kernels = *current_level()->pooling;
+  Host services = host();
+  Tensor scratch = kept_scratch_of(kernels.backward_scratch_bytes(backward, services));
+  kernels.backward(backward, scratch.mutable_data_ptr(), services);
+  return grad;
+}
+
+Tensor max_avg_pool_backward(const Tensor& grad_output, const Tensor& argmax, std::vector<int64_t> size,
+                             std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding) {
+  return pool_backward(grad_output, argmax, size, kernel, stride, padding, true);
+}
+
+Tensor stochastic_pool_backward(const Tensor& grad_output, const Tensor& picked, std::vector<int64_t> size,
+                                std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                                std::vector<int64_t> padding) {
+  return pool_backward(grad_output, picked, size, kernel, stride, padding, false);
+}
+
+std::tuple<Tensor, Tensor> maxout(const Tensor& input, int64_t pieces, bool with_winner) {
+  bool channels_last = is_channels_last(input);
+  Tensor from = without_gaps(input, channels_last);
+  Maxout problem = maxout_sizes(input, pieces ? input.size(1) / pieces : 0, pieces, channels_last);
+  Tensor output = empty_image(channels_last, input.scalar_type(), input.size(0), input.size(1) / pieces, input.size(2),
+                              input.size(3), aoti_torch_device_type_cpu(), 0);
+  Tensor winner = with_winner ? empty_bytes(output) : empty_dense({0}, aoti_torch_dtype_uint8());
+  problem.input = from.const_data_ptr(), problem.dtype = dtype_of(input.scalar_type());
+  problem.output = output.mutable_data_ptr();
+  if (with_winner) problem.winner = static_cast<uint8_t*>(winner.mutable_data_ptr());
+  current_level()->activation->maxout(problem, host());
+  return {output, winner};
+}
+
+Tensor maxout_backward(const Tensor& grad_output, const Tensor& winner, int64_t pieces) {
+  bool channels_last = is_channels_last(winner);
+  Tensor upstream = without_gaps(grad_output, channels_last), bytes = without_gaps(winner, channels_last);
+  Maxout sizes = maxout_sizes(winner, winner.size(1), pieces, channels_last);
+  Tensor grad_input = empty_image(channels_last, grad_output.scalar_type(), winner.size(0), pieces * winner.size(1),
+                                  winner.size(2), winner.size(3), aoti_torch_device_type_cpu(), 0);
+  MaxoutBackward problem{upstream.const_data_ptr(),
+                         static_cast<const uint8_t*>(bytes.const_data_ptr()),
+                         sizes.rows,
+                         sizes.pieces,
+                         sizes.columns,
+                         dtype_of(grad_output.scalar_type()),
+                         grad_input.mutable_data_ptr()};
+  current_level()->activation->maxout_backward(problem, host());
+  return grad_input;
+}
+
+Tensor apl(const Tensor& input, const Tensor& slope, const Tensor& hinge) {
+  bool channels_last = is_channels_last(input);
+  Tensor from = without_gaps(input, channels_last);
+  Tensor slopes = without_gaps(slope, channels_last), hinges = without_gaps(hinge, channels_last);
+  Apl problem = apl_arguments(from, slopes, hinges, channels_last);
+  Tensor output = empty_image(channels_last, input.scalar_type(), input.size(0), input.size(1), input.size(2),
+                              input.size(3), aoti_torch_device_type_cpu(), 0);
+  problem.output = output.mutable_data_ptr();
+  current_level()->activation->apl(problem, host());
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> apl_backward(const Tensor& grad_output, const Tensor& input, const Tensor& slope,
+                                                const Tensor& hinge) {
+  bool channels_last = is_channels_last(input);
+  Tensor from = without_gaps(input, channels_last), upstream = without_gaps(grad_output, channels_last);
+  Tensor slopes = without_gaps(slope, channels_last), hinges = without_gaps(hinge, channels_last);
+  auto beside = [&](const Tensor& t) {
+    return empty_image(channels_last, t.scalar_type(), t.size(0), t.size(1), t.size(2), t.size(3),
+                       aoti_torch_device_type_cpu(), 0);
+  };
+  Tensor grad_input = beside(input), grad_slope = beside(slope), grad_hinge = beside(hinge);
+  AplBackward problem{apl_arguments(from, slopes, hinges, channels_last), upstream.const_data_ptr(),
+                      grad_input.mutable_data_ptr(), static_cast<float*>(grad_slope.mutable_data_ptr()),
+                      static_cast<float*>(grad_hinge.mutable_data_ptr())};
+  const ActivationKernel& kernel = *current_level()->activation;
+  Tensor scratch = kept_scratch_of(kernel.apl_backward_scratch_bytes(problem));
+  kernel.apl_backward(problem, scratch.mutable_data_ptr(), host());
+  return {grad_input, grad_slope, grad_hinge};
+}
+
 std::string isa() { return current_level()->name; }
 
 // For tests: every level this machine can run, in one process.
@@ -368,6 +521,10 @@ std::vector<std::string> isa_levels() {
 
 STABLE_TORCH_LIBRARY_IMPL(perfvl, CPU, m) {
   m.impl("add_taps", TORCH_BOX(&add_taps));
+  m.impl("apl", TORCH_BOX(&apl));
+  m.impl("apl_backward", TORCH_BOX(&apl_backward));
+  m.impl("color_transform", TORCH_BOX(&color_transform));
+  m.impl("color_transform_backward", TORCH_BOX(&color_transform_backward));
   m.impl("condition_taps", TORCH_BOX(&condition_taps));
   m.impl("conditioning_augmentation", TORCH_BOX(&conditioning_augmentation));
   m.impl("conditioning_augmentation_backward", TORCH_BOX(&conditioning_augmentation_backward));
@@ -375,6 +532,12 @@ STABLE_TORCH_LIBRARY_IMPL(perfvl, CPU, m) {
   m.impl("gan_loss", TORCH_BOX(&gan_loss));
   m.impl("info_nce", TORCH_BOX(&info_nce));
   m.impl("momentum_update_", TORCH_BOX(&momentum_update));
+  m.impl("max_avg_pool", TORCH_BOX(&max_avg_pool));
+  m.impl("max_avg_pool_backward", TORCH_BOX(&max_avg_pool_backward));
+  m.impl("maxout", TORCH_BOX(&maxout));
+  m.impl("maxout_backward", TORCH_BOX(&maxout_backward));
+  m.impl("stochastic_pool", TORCH_BOX(&stochastic_pool));
+  m.impl("stochastic_pool_backward", TORCH_BOX(&stochastic_pool_backward));
   m.impl("enqueue_", TORCH_BOX(&enqueue));
   m.impl("separable_conv", TORCH_BOX(&separable_conv));
   m.impl("separable_conv_backward", TORCH_BOX(&separable_conv_backward));

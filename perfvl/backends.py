@@ -14,12 +14,15 @@ import torch
 Backend = Literal["native", "triton", "reference"]
 # The kind of CUDA kernels of every op.
 OPS: dict[str, Literal["triton", "native"]] = {
+    "activation": "triton",
+    "color_transform": "triton",
     "conditioned_conv2d": "native",
     "gan_loss": "native",
     "info_nce": "triton",
     "momentum_update_": "native",
     "enqueue_": "native",
     "small_loss": "native",
+    "max_avg_pool2d": "triton",
     "separable_conv2d": "native",
     "upsample_conv2d": "native",
 }

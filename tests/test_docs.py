@@ -12,11 +12,13 @@ import perfvl.nn
 from perfvl import stackgan_data, stackgan_images
 from perfvl.models import stackgan, stackgan_parts, stackgan_step
 from perfvl.ops import (
+    color_transform,
     conditioning,
     gan_loss,
     info_nce,
     key_queue,
     momentum_update,
+    pooling,
     separable_conv,
     small_loss,
     upsample_conv,
@@ -39,11 +41,13 @@ def test_readme_code_runs():
 @pytest.mark.parametrize(
     "module",
     [
+        color_transform,
         conditioning,
         gan_loss,
         info_nce,
         key_queue,
         momentum_update,
+        pooling,
         separable_conv,
         small_loss,
         stackgan,
@@ -52,10 +56,13 @@ def test_readme_code_runs():
         stackgan_parts,
         stackgan_step,
         upsample_conv,
+        perfvl.nn.color_transform,
         perfvl.nn.conditioning,
         perfvl.nn.info_nce,
         perfvl.nn.key_queue,
+        perfvl.nn.lsuv,
         perfvl.nn.momentum_update,
+        perfvl.nn.pooling,
         perfvl.nn.separable_conv,
         perfvl.nn.small_loss,
         perfvl.nn.upsample_conv,

@@ -8,11 +8,14 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/activation_units.h"
+#include "cpu/color_transform.h"
 #include "cpu/conditioning.h"
 #include "cpu/gan_loss.h"
 #include "cpu/info_nce.h"
 #include "cpu/key_queue.h"
 #include "cpu/momentum_update.h"
+#include "cpu/pooling.h"
 #include "cpu/separable_conv.h"
 #include "cpu/small_loss.h"
 #include "cpu/upsample_conv.h"
@@ -22,11 +25,14 @@ namespace perfvl {
 struct Level {
   const char* name;
   bool (*supported)();
+  const ActivationKernel* activation;
+  const ColorTransformKernel* color_transform;
   const ConditioningKernel* conditioning;
   const GanLossKernel* gan_loss;
   const InfoNceKernel* info_nce;
   const MomentumKernel* momentum_update;
   const RingKernel* key_queue;
+  const PoolingKernel* pooling;
   const SeparableConvKernel* separable_conv;
   const SmallLossKernel* small_loss;
   const UpsampleConvKernel* upsample_conv;
@@ -54,25 +60,31 @@ inline bool has_amx() {
 #endif
 inline bool has_baseline() { return true; }
 
-#define PVL_DECLARE(level)                         \
-  namespace level {                                \
-  extern const ConditioningKernel conditioning;    \
-  extern const GanLossKernel gan_loss;             \
-  extern const InfoNceKernel info_nce;             \
-  extern const MomentumKernel momentum_update;     \
-  extern const RingKernel key_queue;               \
-  extern const SeparableConvKernel separable_conv; \
-  extern const SmallLossKernel small_loss;         \
-  extern const UpsampleConvKernel upsample_conv;   \
+#define PVL_DECLARE(level)                           \
+  namespace level {                                  \
+  extern const ActivationKernel activation;          \
+  extern const ColorTransformKernel color_transform; \
+  extern const ConditioningKernel conditioning;      \
+  extern const GanLossKernel gan_loss;               \
+  extern const InfoNceKernel info_nce;               \
+  extern const MomentumKernel momentum_update;       \
+  extern const RingKernel key_queue;                 \
+  extern const PoolingKernel pooling;                \
+  extern const SeparableConvKernel separable_conv;   \
+  extern const SmallLossKernel small_loss;           \
+  extern const UpsampleConvKernel upsample_conv;     \
   }
 #define PVL_LEVEL(level)    \
   {#level,                  \
    has_##level,             \
+   &level::activation,      \
+   &level::color_transform, \
    &level::conditioning,    \
    &level::gan_loss,        \
    &level::info_nce,        \
    &level::momentum_update, \
    &level::key_queue,       \
+   &level::pooling,         \
    &level::separable_conv,  \
    &level::small_loss,      \
    &level::upsample_conv},

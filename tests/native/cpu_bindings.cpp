@@ -1,12 +1,15 @@
 // The CPU kernels of every ISA level on numpy arrays, with a host that is as plain as can be.
 #include <thread>
 
+#include "color.h"
 #include "condition.h"
 #include "convolution.h"
 #include "cpu/isa.h"
 #include "heads.h"
 #include "in_place.h"
+#include "pools.h"
 #include "selection.h"
+#include "units.h"
 
 namespace {
 
@@ -266,6 +269,55 @@ py::dict upsample_conv_backward(const std::string& level, int64_t threads, bool 
   return found;
 }
 
+py::tuple maxout(const std::string& level, int64_t threads, bool reverse, const py::array& input, bool with_winner) {
+  return largest_pieces(input, with_winner,
+                        [&](const Maxout& m) { level_named(level).activation->maxout(m, host(threads, reverse)); });
+}
+
+py::array maxout_backward(const std::string& level, int64_t threads, bool reverse, const py::array& grad,
+                          const py::array& winner, int64_t pieces) {
+  return give_to_winners(grad, winner, pieces, [&](const MaxoutBackward& m) {
+    level_named(level).activation->maxout_backward(m, host(threads, reverse));
+  });
+}
+
+py::array apl(const std::string& level, int64_t threads, bool reverse, const py::array& input, const py::array& slope,
+              const py::array& hinge) {
+  return bend(input, slope, hinge,
+              [&](const Apl& a) { level_named(level).activation->apl(a, host(threads, reverse)); });
+}
+
+py::tuple apl_backward(const std::string& level, int64_t threads, bool reverse, const py::array& grad,
+                       const py::array& input, const py::array& slope, const py::array& hinge) {
+  const ActivationKernel& kernel = *level_named(level).activation;
+  return differentiate_unit(grad, input, slope, hinge, [&](const AplBackward& b) {
+    with_scratch(kernel.apl_backward_scratch_bytes(b),
+                 [&](void* scratch) { kernel.apl_backward(b, scratch, host(threads, reverse)); });
+  });
+}
+
+py::array color_transform(const std::string& level, int64_t threads, bool reverse, const py::array& pixels,
+                          const std::array<Optional, 5>& parameters, double scale, double negative_slope, bool residual,
+                          bool channels_last) {
+  return transform_colors(pixels, {parameters, scale, negative_slope, residual}, channels_last,
+                          [&](const ColorTransform& transform) {
+                            level_named(level).color_transform->run(transform, host(threads, reverse));
+                          });
+}
+
+py::dict color_transform_backward(const std::string& level, int64_t threads, bool reverse, const py::array& grad_output,
+                                  const py::array& pixels, const std::array<Optional, 5>& parameters, double scale,
+                                  double negative_slope, bool residual, std::array<bool, 2> needed,
+                                  bool channels_last) {
+  const ColorTransformKernel& kernel = *level_named(level).color_transform;
+  return differentiate_colors(grad_output, pixels, {parameters, scale, negative_slope, residual}, needed, channels_last,
+                              [&](const ColorTransformBackward& b) {
+                                with_scratch(kernel.backward_scratch_bytes(b), [&](void* scratch) {
+                                  kernel.backward(b, scratch, host(threads, reverse));
+                                });
+                              });
+}
+
 py::array condition_taps(const std::string& level, int64_t threads, bool reverse, const py::array& condition,
                          const py::array& weight) {
   const ConditioningKernel& kernel = *level_named(level).conditioning;
@@ -301,6 +353,41 @@ py::array augment_backward(const std::string& level, const std::array<Optional, 
   return differentiate_augmentation(
       upstream, mu, logvar, eps, projected, activation,
       [&](const AugmentationBackward& problem) { level_named(level).conditioning->augment_backward(problem); });
+}
+
+py::tuple max_avg_pool(const std::string& level, int64_t threads, bool reverse, const py::array& input, Pair kernel,
+                       Pair stride, Pair padding, Pair size, bool with_positions, bool channels_last) {
+  const PoolingKernel& kernels = *level_named(level).pooling;
+  return pooled(input, {kernel, stride, padding, size}, with_positions, channels_last, [&](Inputs&, const Pool& pool) {
+    Host services = host(threads, reverse);
+    with_scratch(kernels.scratch_bytes(pool, services),
+                 [&](void* scratch) { kernels.max_average(pool, scratch, services); });
+  });
+}
+
+py::tuple stochastic_pool(const std::string& level, int64_t threads, bool reverse, const py::array& input,
+                          const Optional& uniform, Pair kernel, Pair stride, Pair padding, Pair size,
+                          bool channels_last) {
+  const PoolingKernel& kernels = *level_named(level).pooling;
+  return pooled(input, {kernel, stride, padding, size}, uniform.has_value(), channels_last,
+                [&](Inputs& inputs, const Pool& pool) {
+                  StochasticPool problem{pool, uniform ? image(inputs.add(*uniform), *uniform) : Image{}};
+                  Host services = host(threads, reverse);
+                  with_scratch(kernels.scratch_bytes(pool, services),
+                               [&](void* scratch) { kernels.stochastic(problem, scratch, services); });
+                });
+}
+
+py::array pool_backward(const std::string& level, int64_t threads, bool reverse, const py::array& grad_output,
+                        const py::array& positions, Pair kernel, Pair stride, Pair padding, Pair size, bool average,
+                        bool channels_last) {
+  const PoolingKernel& kernels = *level_named(level).pooling;
+  Windows windows{kernel, stride, padding, {grad_output.shape(2), grad_output.shape(3)}};
+  return unpooled(grad_output, positions, windows, size, average, channels_last, [&](const PoolBackward& backward) {
+    Host services = host(threads, reverse);
+    with_scratch(kernels.backward_scratch_bytes(backward, services),
+                 [&](void* scratch) { kernels.backward(backward, scratch, services); });
+  });
 }
 
 std::vector<std::string> levels() {
@@ -341,6 +428,15 @@ PYBIND11_MODULE(native_cpu, m) {
   m.def("separable_conv_backward", separable_conv_backward);
   m.def("upsample_conv", upsample_conv);
   m.def("upsample_conv_backward", upsample_conv_backward);
+  m.def("maxout", maxout);
+  m.def("maxout_backward", maxout_backward);
+  m.def("apl", apl);
+  m.def("apl_backward", apl_backward);
+  m.def("color_transform", color_transform);
+  m.def("color_transform_backward", color_transform_backward);
+  m.def("max_avg_pool", max_avg_pool);
+  m.def("stochastic_pool", stochastic_pool);
+  m.def("pool_backward", pool_backward);
   m.def("condition_taps", condition_taps);
   m.def("add_taps", add_taps);
   m.def("tap_sums", tap_sums);
