@@ -77,7 +77,7 @@ def _take_larger(top, at, total, pointer, h, w, i, j, H, W, exists, stride_h, st
     return tl.where(larger, x, top), tl.where(larger, i * KW + j, at), total + x
 
 
-@triton.jit(do_not_specialize=("rows", "H", "W", "OH", "OW", "KH"))
+@triton.jit(do_not_specialize=("rows", "H", "W", "OH", "OW", "KH", "stride_n", "stride_h"))
 def _max_average_kernel(
     input, output, positions,
     rows, H, W, OH, OW, KH,
@@ -128,7 +128,9 @@ def _max_average_kernel(
         tl.store(positions + place, at.to(tl.uint8), mask=exists)
 
 
-@triton.jit(do_not_specialize=("rows", "H", "W", "OH", "OW", "KH"))
+@triton.jit(
+    do_not_specialize=("rows", "H", "W", "OH", "OW", "KH", "stride_n", "stride_h", "stride_un", "stride_uh")
+)  # fmt: skip
 def _stochastic_kernel(
     input, uniform, output, positions,
     rows, H, W, OH, OW, KH,
@@ -229,7 +231,12 @@ def _gather(
     return whole + shared * tl.div_rn(1.0, (KH * KW).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=("rows", "H", "W", "OH", "OW", "cells_h", "cells_w", "KH"))
+@triton.jit(
+    do_not_specialize=(
+        "rows", "H", "W", "OH", "OW", "cells_h", "cells_w", "KH",
+        "stride_gn", "stride_gh", "stride_pn", "stride_ph", "stride_xn", "stride_xh",
+    )
+)  # fmt: skip
 def _backward_kernel(
     grad_output, positions, grad_input,
     rows, H, W, OH, OW, cells_h, cells_w, KH,

@@ -250,6 +250,12 @@ class TestNumbers:
         x = 1000 + torch.randn(100_000)
         assert moments(x)[0].item() == pytest.approx(x.double().var(correction=0).item(), rel=1e-4)
 
+    def test_chunks_of_different_means(self):
+        x = torch.linspace(-1, 3, 3 * CHUNK + 5)
+        variance, mean = moments(x)
+        assert variance.item() == pytest.approx(x.double().var(correction=0).item(), rel=1e-5)
+        assert mean.item() == pytest.approx(1, abs=1e-5)
+
     def test_layouts(self):
         x = torch.randn(4, 6, 5, 7)
         for view in (

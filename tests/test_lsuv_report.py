@@ -82,6 +82,22 @@ class TestReport:
         if suffix == "svg":
             assert file.read_text().count("<path") > 8
 
+    @pytest.mark.parametrize(("factor", "scale"), [(1.0, "linear"), (1e-3, "log")])
+    def test_charts_start_at_zero_where_all_bars_can_be_seen(self, factor, scale, tmp_path, monkeypatch):
+        figure = pytest.importorskip("matplotlib.figure").Figure
+        drawn = []
+        monkeypatch.setattr(figure, "savefig", lambda self, *arguments, **options: drawn.append(self))
+        model = small_net()
+        report = lsuv_init_(model, images())
+        with torch.no_grad():
+            model[-1].weight.mul_(factor)
+        report.plot(tmp_path / "lsuv.png")
+        axes = drawn[0].axes[0]
+        heights = [bar.get_height() for bar in axes.patches]
+        assert heights == pytest.approx([row.activation for row in report.magnitudes()])
+        assert axes.get_yscale() == scale
+        assert axes.get_ylim()[0] == pytest.approx(0 if scale == "linear" else min(heights) / 3)
+
     def test_without_matplotlib_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

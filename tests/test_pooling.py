@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -116,6 +117,16 @@ def test_float32_is_bit_for_bit_that_of_pytorch(name, channels_last):
     if len(shape) == 4:
         x = x.contiguous(memory_format=memory(channels_last))
     assert torch.equal(pf.max_avg_pool2d(x, **windows), both_pools(x.contiguous(), **windows))
+
+
+def test_windows_given_in_any_way_are_the_same():
+    x = torch.randn(2, 3, 9, 9)
+    expected = both_pools(x, 3, 2, 1)
+    for kernel, stride, padding in itertools.product((3, (3, 3), [3, 3]), (2, (2, 2), [2, 2]), (1, (1, 1), [1, 1])):
+        assert torch.equal(pf.max_avg_pool2d(x, kernel, stride, padding), expected)
+    assert torch.equal(pf.max_avg_pool2d(x, [3, 3], None, 1, True), both_pools(x, 3, 3, 1, True))
+    with pytest.raises(TypeError, match="`stride` got True"):
+        pf.max_avg_pool2d(x, 1, True)
 
 
 def test_equal_elements_leave_the_gradient_to_the_first(backend):

@@ -257,7 +257,7 @@ class _OnePass:
     def _scale_once(self, layer: Layer, output: Tensor) -> Tensor:
         """Nothing here waits for a GPU."""
         variance, mean = moments(output)
-        outside = self._rules.outside(variance) & (variance > 0)
+        outside = self._rules.outside(variance)
         scale = torch.where(outside, variance.rsqrt(), 1.0)
         layer.weight.mul_(scale)
         output.mul_(scale)

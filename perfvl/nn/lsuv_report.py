@@ -139,7 +139,10 @@ class LSUVReport:
             (panels[1], [row.gradient for row in rows], "Gradient of the loss with respect to it"),
         ):
             axes.bar(positions, values, color="#3b6fb6")
-            axes.set(title=title, yscale="log" if any(values) else "linear")
+            # Bars have no zero on a logarithmic axis, so it is for what a linear one would hide.
+            small, large = min(filter(None, values), default=1.0), max(values)
+            wide = large > 30 * small
+            axes.set(title=title, yscale="log" if wide else "linear", ylim=(small / 3 if wide else 0.0, None))
             axes.grid(axis="y", alpha=0.3)
         panels[1].set_xticks(positions, [row.name or "(model)" for row in rows], rotation=90)
         figure.savefig(path, dpi=150)

@@ -6,6 +6,7 @@ with their fakes, the CUDA implementation.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -135,6 +136,7 @@ class Geometry(NamedTuple):
     stride: list[int]
     padding: list[int]
     ceil_mode: bool
+    image: list[int]
     size: list[int]
     """Of the output."""
 
@@ -162,11 +164,25 @@ def geometry(
     op: str, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, ceil_mode: bool
 ) -> Geometry:
     """The sizes of a pooling of an image, which has to have a window."""
+    height, width = input.shape[2:]
+    plain = all(type(n) is int for n in (height, width, kernel_size, padding, 1 if stride is None else stride))
+    if plain and not torch.compiler.is_compiling():
+        return _remembered(op, height, width, kernel_size, stride, padding, ceil_mode)
+    return _geometry(op, height, width, kernel_size, stride, padding, ceil_mode)
+
+
+def _geometry(
+    op: str, height: int, width: int, kernel_size: Size, stride: Size | None, padding: Size, ceil_mode: bool
+) -> Geometry:
     kernel, steps, around = check_windows(op, kernel_size, stride, padding, ceil_mode)
-    size = output_size(input.shape[2:], kernel, steps, around, ceil_mode)
+    size = output_size([height, width], kernel, steps, around, ceil_mode)
     if min(size) < 1:
-        bad_value(op, "kernel_size", kernel_size, f"a window that fits an image {tuple(input.shape[2:])} with padding")
-    return Geometry(kernel, steps, around, ceil_mode, size)
+        bad_value(op, "kernel_size", kernel_size, f"a window that fits an image {(height, width)} with padding")
+    return Geometry(kernel, steps, around, ceil_mode, [height, width], size)
+
+
+# Of square windows: the checks take as long as a small pooling.
+_remembered = functools.lru_cache(maxsize=1024, typed=True)(_geometry)
 
 
 def _pair(op: str, name: str, value: Size, least: int) -> list[int]:
@@ -216,14 +232,14 @@ class _MaxAvgPool(torch.autograd.Function):
     def forward(ctx, input, g):
         output, argmax = _MAX_AVG(input, g.kernel, g.stride, g.padding, g.ceil_mode, True)
         ctx.save_for_backward(argmax)
-        ctx.geometry, ctx.size = g, list(input.shape[2:])
+        ctx.geometry = g
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
         (argmax,) = ctx.saved_tensors
         g = ctx.geometry
-        grad = _MAX_AVG_BACKWARD(grad_output, argmax, ctx.size, g.kernel, g.stride, g.padding)
+        grad = _MAX_AVG_BACKWARD(grad_output, argmax, g.image, g.kernel, g.stride, g.padding)
         return _differentiable_once("max_avg_pool2d", grad, grad_output), None
 
 
@@ -234,14 +250,14 @@ class _StochasticPool(torch.autograd.Function):
     def forward(ctx, input, uniform, g):
         output, picked = _STOCHASTIC(input, uniform, g.kernel, g.stride, g.padding, g.ceil_mode)
         ctx.save_for_backward(picked)
-        ctx.geometry, ctx.size = g, list(input.shape[2:])
+        ctx.geometry = g
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
         (picked,) = ctx.saved_tensors
         g = ctx.geometry
-        grad = _STOCHASTIC_BACKWARD(grad_output, picked, ctx.size, g.kernel, g.stride, g.padding)
+        grad = _STOCHASTIC_BACKWARD(grad_output, picked, g.image, g.kernel, g.stride, g.padding)
         return _differentiable_once("stochastic_pool2d", grad, grad_output), None, None
 
 
