@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import perfvl.nn
 from perfvl import stackgan_data, stackgan_images
 from perfvl.models import stackgan, stackgan_parts, stackgan_step
 from perfvl.ops import (
+    activation,
     color_transform,
     conditioning,
     gan_loss,
@@ -41,6 +43,7 @@ def test_readme_code_runs():
 @pytest.mark.parametrize(
     "module",
     [
+        activation,
         color_transform,
         conditioning,
         gan_loss,
@@ -57,6 +60,8 @@ def test_readme_code_runs():
         stackgan_step,
         upsample_conv,
         perfvl.nn.color_transform,
+        importlib.import_module("perfvl.nn.activation"),  # in the package, the name is that of a function
+        perfvl.nn.activation_names,
         perfvl.nn.conditioning,
         perfvl.nn.info_nce,
         perfvl.nn.key_queue,

@@ -191,6 +191,21 @@ def test_units_and_all_their_gradients(kernel, dtype, segments, unit):
     assert close(found[2], true.grad_hinge, true.hinge_terms, count, FLOAT32)
 
 
+@every_dtype
+@every_level
+@pytest.mark.parametrize("columns", [1024, 1001])
+def test_results_that_go_past_the_caches_are_the_same(kernel, dtype, columns):
+    rows = 2200 if dtype != FLOAT32 else 1100  # more than four megabytes
+    few, slope, hinge = some(11, columns, 1, dtype=dtype), *parameters(2, columns)
+    x = np.tile(few, (rows // 11, 1, 1))
+    grad = x[::-1].copy()
+    for many, right in (
+        (kernel("apl", x, slope, hinge), kernel("apl", few, slope, hinge)),
+        (kernel("apl_backward", grad, x, slope, hinge)[0], kernel("apl_backward", grad[:11], few, slope, hinge)[0]),
+    ):
+        assert same(many, np.tile(right, (rows // 11, 1, 1)))
+
+
 @every_level
 @pytest.mark.parametrize("unit", [(2, 40, 49), (70, 3, 233), (6, 2500, 1), (500, 70, 1)], ids=str)
 def test_neither_threads_nor_the_order_of_tasks_change_a_bit(kernel, unit):

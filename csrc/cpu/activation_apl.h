@@ -15,7 +15,8 @@ namespace perfvl {
 namespace PVL_ISA {
 namespace {
 
-constexpr int64_t kRows = 4;  // that share what is read of their parameters
+// Rows that share what is read of their parameters, and in backward what is written of their sums.
+constexpr int64_t kRows = 4, kRowsBackward = 8;
 
 // A block of parameters and a part of `outer` are a task; in backward it leaves its sums in [parts][2 S][parameters].
 struct Tasks {
@@ -59,12 +60,12 @@ struct Elements {
   }
 };
 
-// Elements that are written once. Rows beyond a core's caches go past them: memory is not fetched to be overwritten,
-// and what the op reads stays.
+// Elements that are written once. Rows that would not stay in the caches go past them: memory is not fetched to be
+// overwritten, and what the op reads stays.
 template <Dtype dtype>
 struct Results : Elements<dtype> {
   using Elements<dtype>::kBytes;
-  static constexpr int64_t kBeyondCaches = 1 << 20;
+  static constexpr int64_t kBeyondCaches = 4 << 20;
   bool past;
   Results(void* p, const Apl& a) : Elements<dtype>(p) {
     bool aligned = a.parameters % kLanes == 0 && reinterpret_cast<uintptr_t>(p) % (kLanes * kBytes) == 0;
@@ -84,25 +85,30 @@ struct Results : Elements<dtype> {
 };
 Vec get_float(const float* p, int64_t lanes) { return read_lanes(Dtype::float32, p, lanes); }
 
-// f(row, integral_constant of how many) for rows [begin, end), kRows at a time while there are as many.
-template <class F>
+// f(row, integral_constant of how many) for rows [begin, end), `kMany` at a time while there are as many.
+template <int64_t kMany, class F>
 [[gnu::always_inline]] inline void for_rows(int64_t begin, int64_t end, const F& f) {
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) f(row, std::integral_constant<int64_t, kRows>{});
+  for (; row + kMany <= end; row += kMany) f(row, std::integral_constant<int64_t, kMany>{});
   for (; row < end; ++row) f(row, std::integral_constant<int64_t, 1>{});
 }
 
-template <Dtype dtype>
+template <int S, Dtype dtype>
 void apl_planes(const Apl& a, const Task& t) {
   Elements<dtype> input(a.input);
   Results<dtype> output(a.output, a);
   for (int64_t o = t.begin; o < t.end; ++o)
     for (int64_t p = t.first; p < t.last; ++p) {
+      Vec slope[S], hinge[S];
+      for (int s = 0; s < S; ++s) {
+        slope[s] = broadcast(a.slope[s * a.parameters + p]);
+        hinge[s] = broadcast(a.hinge[s * a.parameters + p]);
+      }
       int64_t start = (o * a.parameters + p) * a.inner;
       for_vectors(a.inner, [&](int64_t i, int64_t lanes) {
         Vec x = input.get(start + i, lanes), y = max(Vec{}, x);
-        for (int64_t s = 0, at = p; s < a.segments; ++s, at += a.parameters)
-          y = fma(broadcast(a.slope[at]), max(Vec{}, broadcast(a.hinge[at]) - x), y);
+#pragma GCC unroll 6
+        for (int s = 0; s < S; ++s) y = fma(slope[s], max(Vec{}, hinge[s] - x), y);
         output.set(start + i, y, lanes);
       });
     }
@@ -112,7 +118,7 @@ template <Dtype dtype>
 void apl_columns(const Apl& a, const Task& t) {
   Elements<dtype> input(a.input);
   Results<dtype> output(a.output, a);
-  for_rows(t.begin, t.end, [&](int64_t row, auto rows) {
+  for_rows<kRows>(t.begin, t.end, [&](int64_t row, auto rows) {
     for_vectors(t.last - t.first, [&](int64_t i, int64_t lanes) {
       int64_t start = row * a.parameters + t.first + i;
       Vec x[rows], y[rows];
@@ -190,7 +196,7 @@ void columns_backward(const AplBackward& b, const Task& t, float* sums) {
   const Apl& a = b.forward;
   Elements<dtype> input(a.input), upstream(b.grad_output);
   Results<dtype> result(b.grad_input, a);
-  Segments<S> columns[ceil_div(Tasks::kMostColumns / S, kLanes)];
+  Segments<S> columns[(Tasks::kMostColumns / S + kLanes - 1) / kLanes];
   int64_t count = t.last - t.first;
   for_vectors(count, [&](int64_t i, int64_t lanes) {
     Segments<S>& own = columns[i / kLanes];
@@ -200,7 +206,7 @@ void columns_backward(const AplBackward& b, const Task& t, float* sums) {
       own.by_slope[s] = own.by_hinge[s] = Vec{};
     }
   });
-  for_rows(t.begin, t.end, [&](int64_t row, auto rows) {
+  for_rows<kRowsBackward>(t.begin, t.end, [&](int64_t row, auto rows) {
     for_vectors(count, [&](int64_t i, int64_t lanes) {
       Segments<S> own = columns[i / kLanes];
       for (int64_t r = 0; r < rows; ++r) {

@@ -33,13 +33,12 @@ void maxout_backward(const MaxoutBackward& m, const Host& host) {
   with_dtype(m.dtype, [&](auto dtype) { maxout_backward_of<dtype>(m, host); });
 }
 
-void apl(const Apl& a, const Host& host) {
+template <int S, Dtype dtype>
+void apl_output(const Apl& a, const Host& host) {
   Tasks tasks(a);
-  with_dtype(a.dtype, [&](auto dtype) {
-    host.parallel(tasks.parts * tasks.blocks, [&](int64_t i) {
-      Task task(a, tasks, i);
-      tasks.across ? apl_columns<dtype>(a, task) : apl_planes<dtype>(a, task);
-    });
+  host.parallel(tasks.parts * tasks.blocks, [&](int64_t i) {
+    Task task(a, tasks, i);
+    tasks.across ? apl_columns<dtype>(a, task) : apl_planes<S, dtype>(a, task);
   });
 }
 
@@ -53,11 +52,24 @@ void apl_sums(const AplBackward& b, const Tasks& tasks, float* sums, const Host&
   });
 }
 
-using AplSums = void (*)(const AplBackward&, const Tasks&, float*, const Host&);
+struct BySegments {
+  void (*output)(const Apl&, const Host&);
+  void (*sums)(const AplBackward&, const Tasks&, float*, const Host&);
+};
 template <Dtype dtype, int... S>
-constexpr std::array<AplSums, kMostSegments> by_segments(std::integer_sequence<int, S...>) {
-  return {apl_sums<S + 1, dtype>...};
+constexpr std::array<BySegments, kMostSegments> by_segments(std::integer_sequence<int, S...>) {
+  return {BySegments{apl_output<S + 1, dtype>, apl_sums<S + 1, dtype>}...};
 }
+BySegments kernels_of(const Apl& a) {
+  BySegments found;
+  with_dtype(a.dtype, [&](auto dtype) {
+    static constexpr auto all = by_segments<dtype>(std::make_integer_sequence<int, kMostSegments>{});
+    found = all[a.segments - 1];
+  });
+  return found;
+}
+
+void apl(const Apl& a, const Host& host) { kernels_of(a).output(a, host); }
 
 int64_t apl_backward_scratch_bytes(const AplBackward& b) {
   const Apl& a = b.forward;
@@ -68,10 +80,7 @@ void apl_backward(const AplBackward& b, void* scratch, const Host& host) {
   const Apl& a = b.forward;
   Tasks tasks(a);
   float* sums = static_cast<float*>(scratch);
-  with_dtype(a.dtype, [&](auto dtype) {
-    static constexpr auto kernels = by_segments<dtype>(std::make_integer_sequence<int, kMostSegments>{});
-    kernels[a.segments - 1](b, tasks, sums, host);
-  });
+  kernels_of(a).sums(b, tasks, sums, host);
   // The parts' sums, in their order.
   int64_t wanted = a.segments * a.parameters;
   host.parallel(ceil_div(wanted, kGrain), [&](int64_t task) {

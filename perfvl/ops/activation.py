@@ -6,7 +6,7 @@ CUDA implementation. Kernels see images [N, C, H, W]; other inputs are given as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def maxout(input: Tensor, pieces: int = 2) -> Tensor:
         RuntimeError: on backward through the gradient (second order).
 
     Cost: reads the input, writes the output and, for backward, one byte an output, which is all that is saved. Backward
-    reads these bytes and the output's gradient.
+    reads these bytes and the output's gradient. Where nothing learns, two pieces on the CPU are `torch.maximum`.
 
     Example:
         >>> import torch
@@ -59,7 +59,9 @@ def maxout(input: Tensor, pieces: int = 2) -> Tensor:
         return reference.maxout(input, pieces)
     if torch.is_grad_enabled() and input.requires_grad:
         return _Maxout.apply(input, pieces)
-    return _MAXOUT(_as_images(input), pieces, False)[0].reshape(_shape_of_maxout(input, pieces))
+    if pieces == 2 and input.is_cpu:  # nothing to keep: PyTorch moves as many bytes, and is called sooner
+        return torch.maximum(*input.chunk(2, 1))
+    return _as_given(_MAXOUT(_as_images(input), pieces, False)[0], _shape_of_maxout(input, pieces))
 
 
 def apl(input: Tensor, slope: Tensor, hinge: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def apl(input: Tensor, slope: Tensor, hinge: Tensor) -> Tensor:
         return reference.apl(input, slope, hinge)
     if torch.is_grad_enabled() and (input.requires_grad or slope.requires_grad or hinge.requires_grad):
         return _Apl.apply(input, slope, hinge)
-    return _APL(_as_images(input), _as_floats(slope), _as_floats(hinge)).reshape(input.shape)
+    return _as_given(_APL(_as_images(input), _as_floats(slope), _as_floats(hinge)), input.shape)
 
 
 def _check_input(op: str, input: Tensor) -> None:
@@ -143,7 +145,12 @@ def _as_images(x: Tensor) -> Tensor:
         return x
     if dims > 4:
         return x.flatten(2, -2)
-    return x.unsqueeze(2).unsqueeze(3) if dims == 2 else x.unsqueeze(2)
+    return x.view(*x.shape, 1, 1) if dims == 2 else x.unsqueeze(2)
+
+
+def _as_given(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """[N, C, H, W] in the shape of what it was made of."""
+    return image if len(shape) == 4 else image.reshape(shape)
 
 
 def _as_floats(parameter: Tensor) -> Tensor:
@@ -163,12 +170,12 @@ class _Maxout(torch.autograd.Function):
         output, winner = _MAXOUT(_as_images(input), pieces, True)
         ctx.save_for_backward(winner)
         ctx.pieces, ctx.shape = pieces, input.shape
-        return output.reshape(_shape_of_maxout(input, pieces))
+        return _as_given(output, _shape_of_maxout(input, pieces))
 
     @staticmethod
     def backward(ctx, grad_output):
         (winner,) = ctx.saved_tensors
-        grad = _MAXOUT_BACKWARD(_as_images(grad_output), winner, ctx.pieces).reshape(ctx.shape)
+        grad = _as_given(_MAXOUT_BACKWARD(_as_images(grad_output), winner, ctx.pieces), ctx.shape)
         # The input was not kept: any tensor that requires a gradient makes the gradient's own an error.
         anchor = [grad.new_empty(0).requires_grad_()] if torch.is_grad_enabled() else []
         return *refuse_second_derivative("maxout", [grad], anchor), None
@@ -180,14 +187,14 @@ class _Apl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, slope, hinge):
         ctx.save_for_backward(input, slope, hinge)
-        return _APL(_as_images(input), _as_floats(slope), _as_floats(hinge)).reshape(input.shape)
+        return _as_given(_APL(_as_images(input), _as_floats(slope), _as_floats(hinge)), input.shape)
 
     @staticmethod
     def backward(ctx, grad_output):
         input, slope, hinge = ctx.saved_tensors
         found = _APL_BACKWARD(_as_images(grad_output), _as_images(input), _as_floats(slope), _as_floats(hinge))
         grads = [
-            grad.reshape(t.shape).to(t.dtype) if need else None
+            _as_given(grad, t.shape).to(t.dtype) if need else None
             for grad, t, need in zip(found, (input, slope, hinge), ctx.needs_input_grad, strict=True)
         ]
         return tuple(refuse_second_derivative("apl", grads, [input, slope, hinge]))
