@@ -141,9 +141,11 @@ def workload(kind: str, stage: int, count: int, gf: int = 128, df: int = 64, blo
         def build_step(inputs: Tensors) -> Step:
             device = inputs["images"].device
             sizes = params | {"gf": gf, "df": df}
-            pair = (m.to(device, dtype).to(memory_format=memory) for m in networks(sizes, build is fused))
+            pair = (m.to(device, dtype) for m in networks(sizes, build is fused))
             given = {name: tensor.to(dtype) for name, tensor in inputs.items()}
-            given |= {name: given[name].contiguous(memory_format=memory) for name in ("images", "fake")}
+            if memory == torch.channels_last:
+                pair = (m.to(memory_format=memory) for m in pair)
+                given |= {name: given[name].contiguous(memory_format=memory) for name in ("images", "fake")}
             return build(kind, *pair, given, **options)
 
         return Contender(build_step, role=role, compiles=options.get("prepare") is compiled)
@@ -170,7 +172,7 @@ def workload(kind: str, stage: int, count: int, gf: int = 128, df: int = 64, blo
         backward=False,
         convolves=True,
         evaluate=lambda workload, step, inputs: {"losses": losses_of(step, params)},
-        tolerance={"float32": 1e-3},
+        tolerance={"float32": 5e-3},  # of a loss after an update, in which rounding tells
         shrink={"N": 2},
     )
 

@@ -263,16 +263,18 @@ class TestTheChoiceOfBackend:
 
     @pytest.mark.skipif(not HAS_KERNELS, reason="needs the kernels")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_the_kernel_runs_on_cpus_without_tiles(self, monkeypatch, dtype):
-        monkeypatch.setattr(upsample_conv, "_AMX", False)
+    def test_the_kernel_runs_on_cpus_without_bfloat16_products(self, monkeypatch, dtype):
+        monkeypatch.setattr(upsample_conv, "_BFLOAT16_PRODUCTS", False)
         for size in (1, 128):
             assert upsample_conv._path(torch.empty(2, 3, size, size, dtype=dtype)) == "kernel"
 
     @pytest.mark.skipif(not HAS_KERNELS, reason="needs the kernels")
-    def test_with_tiles_bfloat16_stays_with_the_library(self, monkeypatch):
-        monkeypatch.setattr(upsample_conv, "_AMX", True)
+    @pytest.mark.parametrize(("tiles", "few"), [(False, "kernel"), (True, "reference")])
+    def test_with_products_or_tiles_bfloat16_stays_with_the_library(self, monkeypatch, tiles, few):
+        monkeypatch.setattr(upsample_conv, "_BFLOAT16_PRODUCTS", True)
+        monkeypatch.setattr(upsample_conv, "_AMX", tiles)
         assert upsample_conv._path(torch.empty(16, 3, 32, 32, dtype=torch.bfloat16)) == "transposed"
-        assert upsample_conv._path(torch.empty(16, 3, 4, 4, dtype=torch.bfloat16)) == "reference"
+        assert upsample_conv._path(torch.empty(16, 3, 4, 4, dtype=torch.bfloat16)) == few
         assert upsample_conv._path(torch.empty(16, 3, 32, 32)) == "kernel"
         assert upsample_conv._path(torch.empty(16, 3, 32, 32, dtype=torch.float16)) == "kernel"
 

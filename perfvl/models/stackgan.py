@@ -24,6 +24,7 @@ from perfvl.models.stackgan_parts import (
     conv3,
     conv4,
     doublings,
+    in_layout_of,
     initialize,
     leaky_relu,
     normed,
@@ -195,8 +196,9 @@ class Stage2Generator(nn.Module):
         with torch.no_grad():
             stage1_image = self.STAGE1_G(text_embedding, noise, eps1)[1]
         condition, mu, logvar, _ = self.ca_net(text_embedding, eps2)
-        code = self.hr_joint(self.encoder(stage1_image), condition)
-        return stage1_image, run_up_blocks(self, self.residual(code), self.blocks), mu, logvar
+        code = self.hr_joint(self.encoder(in_layout_of(self.encoder[0], stage1_image)), condition)
+        x = self.residual(code).contiguous(memory_format=torch.channels_last)
+        return stage1_image, run_up_blocks(self, x, self.blocks), mu, logvar
 
     def _pair(self, eps: Tensor | Sequence[Tensor] | None, rows: int) -> tuple[Tensor | None, Tensor | None]:
         if eps is None:
@@ -234,7 +236,7 @@ class _Discriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image [N, 3, image_size, image_size] -> features [N, C, 4, 4]."""
         check_images(type(self).__name__, "image", image, self.image_size)
-        return self.encode_img(image.contiguous(memory_format=torch.channels_last))
+        return self.encode_img(in_layout_of(self.encode_img[0], image))
 
 
 class Stage1Discriminator(_Discriminator):

@@ -37,6 +37,13 @@ def initialize(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
+def in_layout_of(convolution: nn.Module, image: Tensor) -> Tensor:
+    """The image as the weights are: PyTorch copies those to the image's layout, in every call and every gradient."""
+    weight = cast(nn.Conv2d, convolution).weight
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    return image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     """3x3 that keeps the size."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
@@ -133,7 +140,7 @@ class ConditionalHead(nn.Module):
         # Split and not sliced for every pair: backward then writes one gradient of the whole weight.
         of_image, of_condition = cast(nn.Conv2d, convolution).weight.split((self.channels, self.condition_dim), 1)
         # Dense, as the library wants it: else it makes it so for every product.
-        of_image = of_image.contiguous(memory_format=torch.channels_last)
+        of_image = in_layout_of(convolution, of_image)
         convolved: dict[int, Tensor] = {}
         logits = []
         for features, condition in pairs:

@@ -121,8 +121,9 @@ def activate_(y: Tensor, activation: str) -> Tensor:
 
 
 Path = Literal["kernel", "transposed", "reference"]
-# oneDNN's bfloat16 convolutions run on AMX tiles, this op's do not.
-_AMX = not backends.CPU_MISSING and "amx" in torch.ops.perfvl._isa_levels()
+# oneDNN's convolutions multiply bfloat16 numbers, this op's kernels float32 ones.
+_LEVELS = () if backends.CPU_MISSING else torch.ops.perfvl._isa_levels()
+_AMX, _BFLOAT16_PRODUCTS = "amx" in _LEVELS, "avx512_bf16" in _LEVELS
 
 
 def _path(input: Tensor) -> Path:
@@ -133,11 +134,12 @@ def _path(input: Tensor) -> Path:
 
 
 def _cpu_path(input: Tensor) -> Path:
-    if not (_AMX and input.dtype == torch.bfloat16):
+    if input.dtype != torch.bfloat16 or not _BFLOAT16_PRODUCTS:
         return "kernel"
     # The 16 numbers made of every 9 weights have to be used by enough pixels.
-    pixels = input.shape[0] * input.shape[2] * input.shape[3]
-    return "transposed" if pixels >= 2048 else "reference"
+    if input.shape[0] * input.shape[2] * input.shape[3] >= 2048:
+        return "transposed"
+    return "reference" if _AMX else "kernel"
 
 
 class _UpsampleConv(torch.autograd.Function):
