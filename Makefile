@@ -29,8 +29,9 @@ format: $(VENV)/installed
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
-readme: $(VENV)/installed ## README's tables from benchmarks/results/*.json
-	$(PY) -m perfvl.benchmarks.tables README.md benchmarks/results/*.json
+readme: $(VENV)/installed ## README's and docs/measured.md's tables from benchmarks/results/*.json
+	$(PY) -m perfvl.benchmarks.tables --digest README.md benchmarks/results/*.json
+	$(PY) -m perfvl.benchmarks.tables docs/measured.md benchmarks/results/*.json
 
 $(VENV)/environment: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

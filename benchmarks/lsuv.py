@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perfvl.models.caffenet import CaffeNet128
 from perfvl.nn import lsuv_init_
 
 from .workload import Contender, Step, Tensors, Workload
@@ -23,23 +24,9 @@ LAYERS = (nn.Conv2d, nn.Linear)
 WIDTHS = {"full": (96, 256, 384, 384, 256, 2048), "quarter": (24, 64, 96, 96, 64, 512)}
 
 
-def caffenet(widths: tuple[int, ...]) -> nn.Sequential:
-    """CaffeNet128 with max pooling, ReLU, and dropout at rest; images of 128 pixels to 1,000 logits."""
-    a, b, c, d, e, fc = widths
-
-    def pool() -> nn.Module:
-        return nn.MaxPool2d(3, 2, ceil_mode=True)
-
-    return nn.Sequential(
-        *(nn.Conv2d(3, a, 11, 4), nn.ReLU(inplace=True), pool()),
-        *(nn.Conv2d(a, b, 5, padding=2, groups=2), nn.ReLU(inplace=True), pool()),
-        *(nn.Conv2d(b, c, 3, padding=1), nn.ReLU(inplace=True)),
-        *(nn.Conv2d(c, d, 3, padding=1, groups=2), nn.ReLU(inplace=True)),
-        *(nn.Conv2d(d, e, 3, padding=1, groups=2), nn.ReLU(inplace=True), pool(), nn.Flatten()),
-        *(nn.Linear(9 * e, fc), nn.ReLU(inplace=True)),
-        *(nn.Linear(fc, fc), nn.ReLU(inplace=True)),
-        nn.Linear(fc, 1000),
-    ).eval()
+def caffenet(widths: tuple[int, ...]) -> CaffeNet128:
+    """The base network, of images that are centred, with dropout at rest."""
+    return CaffeNet128(channels=widths[:5], fc=widths[5], mean=(0.0, 0.0, 0.0), scale=1.0).eval()
 
 
 def layers_of(model: nn.Module) -> list[Any]:

@@ -1,14 +1,16 @@
-"""Writes the README's benchmark tables from recorded runs.
+"""Writes benchmark tables from recorded runs into documents.
 
-    python -m perfvl.benchmarks.tables README.md benchmarks/results/*.json
+    python -m perfvl.benchmarks.tables docs/measured.md benchmarks/results/*.json
+    python -m perfvl.benchmarks.tables --digest README.md benchmarks/results/*.json
 
 replaces what stands between ``<!-- benchmarks:begin -->`` and ``<!-- benchmarks:end -->``. Every workload of a run gets
-its line, whether perfvl wins it or not.
+its line, whether perfvl wins it or not; in a digest every op of a run has one, with how many of its workloads are lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,14 @@ from .results import Record, best_peer, eager_row, first_perfvl_row, load, media
 
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
+DIGEST = (
+    "op",
+    "workloads",
+    "vs eager: median (worst to best)",
+    "vs best rival: median (worst to best)",
+    "slower than it",
+)
+LOST = 0.97  # of the rival's speed: less is no noise
 HEADER = ("workload", "perfvl", "eager", "vs eager", "vs best rival", "memory: perfvl / eager", "of roofline")
 
 
@@ -32,6 +42,42 @@ def markdown(results: Record) -> str:
     ]
     lines += [f"| {' | '.join(_cells(workload, device_type))} |" for workload in results["workloads"]]
     return "\n".join(lines)
+
+
+def digest(results: Record) -> str:
+    """One line for each op of a recorded run. Workloads whose answer was wrong, or not timed, are not in it."""
+    lines = [
+        f"**{text.machine_line(results['machine'])}**",
+        "",
+        f"| {' | '.join(DIGEST)} |",
+        f"|{'---|' * len(DIGEST)}",
+    ]
+    for op in dict.fromkeys(workload["op"] for workload in results["workloads"]):
+        against_eager, against_rival = [], []
+        for workload in results["workloads"]:
+            ours = first_perfvl_row(workload)
+            if workload["op"] != op or ours is None or ours["status"] != "ok" or not ours["match"]:
+                continue
+            for ratios, row in ((against_eager, eager_row(workload)), (against_rival, best_peer(workload, ours))):
+                ratio = times_faster(row, ours)
+                if ratio is not None:
+                    ratios.append(ratio)
+        lost = sum(ratio < LOST for ratio in against_rival)
+        cells = (
+            f"`{op}`",
+            str(len(against_eager)),
+            _spread(against_eager),
+            _spread(against_rival),
+            str(lost or "none"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return text.EMPTY
+    return f"**{statistics.median(ratios):.2f}x** ({min(ratios):.2f}x to {max(ratios):.2f}x)"
 
 
 def replace(document: str, content: str) -> str:
@@ -49,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("document", type=Path)
     parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--digest", action="store_true", help="a line for each op instead of each workload")
     options = parser.parse_args(argv)
-    content = "\n\n".join(markdown(load(path)) for path in sorted(options.results))
+    table = digest if options.digest else markdown
+    content = "\n\n".join(table(load(path)) for path in sorted(options.results))
     options.document.write_text(replace(options.document.read_text(encoding="utf-8"), content), encoding="utf-8")
     return 0
 

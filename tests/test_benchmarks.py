@@ -389,6 +389,16 @@ class TestReports:
         assert tables.main([str(readme), str(tmp_path / "cpu.json")]) == 0
         assert readme.read_text() == written
 
+    def test_a_digest_has_a_line_for_each_op_and_counts_what_is_lost(self, toy: Workload, tmp_path: Path) -> None:
+        results.save(record := run(toy), tmp_path / "cpu.json")
+        (tmp_path / "readme.md").write_text(f"{tables.BEGIN}{tables.END}")
+        assert tables.main(["--digest", str(tmp_path / "readme.md"), str(tmp_path / "cpu.json")]) == 0
+        written = (tmp_path / "readme.md").read_text()
+        assert written.count(f"| `{toy.op}` | 1 |") == 1
+        for row in record["workloads"][0]["rows"]:
+            row["seconds"]["median"] = 2.0 if row["role"] == "perfvl" else 1.0
+        assert tables.digest(record).splitlines()[-1].endswith("**0.50x** (0.50x to 0.50x) | 1 |")
+
     @pytest.mark.parametrize(
         "document", ["no markers", f"{tables.END}{tables.BEGIN}", f"{tables.BEGIN * 2}{tables.END}"]
     )

@@ -11,7 +11,7 @@ import pytest
 
 import perfvl.nn
 from perfvl import stackgan_data, stackgan_images
-from perfvl.models import stackgan, stackgan_parts, stackgan_step
+from perfvl.models import caffenet, caffenet_parts, fitnet, stackgan, stackgan_parts, stackgan_step
 from perfvl.ops import (
     activation,
     color_transform,
@@ -44,8 +44,11 @@ def test_readme_code_runs():
     "module",
     [
         activation,
+        caffenet,
+        caffenet_parts,
         color_transform,
         conditioning,
+        fitnet,
         gan_loss,
         info_nce,
         key_queue,

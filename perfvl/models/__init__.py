@@ -1,6 +1,6 @@
 """Whole models built from the layers and losses of :mod:`perfvl.nn`."""
 
-from perfvl.models import noisy_label
+from perfvl.models import caffenet, fitnet, noisy_label, stackgan
 from perfvl.models.brivl import BriVL, BriVLOutput, Retrieval, retrieve, similarity
 from perfvl.models.brivl_checkpoint import load_released_state_dict, released_state_dict
 from perfvl.models.brivl_presets import TokenFeatures, brivl_paper, brivl_released, brivl_small
@@ -18,10 +18,13 @@ __all__ = [
     "brivl_paper",
     "brivl_released",
     "brivl_small",
+    "caffenet",
+    "fitnet",
     "load_released_state_dict",
     "noisy_label",
     "released_state_dict",
     "retrieve",
     "similarity",
+    "stackgan",
     "xception",
 ]

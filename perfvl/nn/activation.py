@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from perfvl.ops._library import bad_type, bad_value
 from perfvl.ops.activation import apl, maxout
+from perfvl.ops.depthwise_conv import is_channels_last
 from perfvl.reference.activation import of_samples, rrelu_slope
 
 
@@ -42,9 +43,12 @@ class Maxout(nn.Module):
 
     Args:
         pieces: of every channel: c, C + c, ... Of equal ones the last wins.
+        groups: of the convolution before it. Each group's outputs then hold the pieces of its own channels, so that
+            one grouped convolution of twice the width is two grouped ones; the views this takes copy nothing.
 
     Raises:
-        TypeError, ValueError: `pieces` is not an int of at least 1. Calls: as the function.
+        TypeError, ValueError: `pieces` or `groups` is not an int of at least 1. Calls: as the function; channels that
+            are not a multiple of `groups`.
 
     Example:
         >>> import torch
@@ -53,15 +57,27 @@ class Maxout(nn.Module):
         torch.Size([2, 8, 4, 4])
     """
 
-    def __init__(self, pieces: int = 2) -> None:
+    def __init__(self, pieces: int = 2, groups: int = 1) -> None:
         super().__init__()
         self.pieces = _whole("Maxout", "pieces", pieces)
+        self.groups = _whole("Maxout", "groups", groups)
 
     def forward(self, input: Tensor) -> Tensor:
-        return maxout(input, self.pieces)
+        if self.groups == 1:
+            return maxout(input, self.pieces)
+        if input.dim() < 2 or input.shape[1] % self.groups:
+            bad_value(
+                "Maxout", "input", f"shape {tuple(input.shape)}", f"channels that are a multiple of {self.groups}"
+            )
+        # A group is a sample where channels are planes, and a row where they are next to each other.
+        if input.dim() == 4 and is_channels_last(input):
+            rows = input.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1))
+            return maxout(rows.flatten(0, 3), self.pieces).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+        samples = input.unflatten(1, (self.groups, -1))
+        return maxout(samples.flatten(0, 1), self.pieces).unflatten(0, samples.shape[:2]).flatten(1, 2)
 
     def extra_repr(self) -> str:
-        return f"pieces={self.pieces}"
+        return f"pieces={self.pieces}" + (f", groups={self.groups}" if self.groups > 1 else "")
 
 
 class APL(nn.Module):

@@ -17,6 +17,7 @@ MODES = ("paper", "reference")
 _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
     "scaled_tanh": ScaledTanh,
     "asinh": Asinh,
     "vlrelu": VLReLU,
@@ -56,8 +57,8 @@ def activation(
     """An activation of the CaffeNet study by its published name.
 
     Args:
-        name: relu, tanh, scaled_tanh, asinh, vlrelu, rrelu, elu, elu_leaky, softplus, selu, maxout, identity, or, with
-            learned parameters, prelu, frelu, felu, apl2, apl5.
+        name: relu, tanh, sigmoid, scaled_tanh, asinh, vlrelu, rrelu, elu, elu_leaky, softplus, selu, maxout, identity,
+            or, with learned parameters, prelu, frelu, felu, apl2, apl5.
         num_parameters: how many channels those with learned parameters have; the others do not need it. The sizes
             (C, H, W) of a sample for parameters of positions.
         mode: whose constants are the defaults: "paper", those of the slides; "reference", those of the networks that
@@ -89,7 +90,7 @@ def activation(
 
 
 _named = activation  # where an argument has the function's name
-_IN_PLACE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU)  # of which backward needs the result alone
+IN_PLACE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU)  # of which backward needs the result alone
 
 
 class NormAct2d(nn.BatchNorm2d):
@@ -135,7 +136,7 @@ class NormAct2d(nn.BatchNorm2d):
             bad_value("NormAct2d", "order", repr(order), '"before" or "after"')
         self.order = order
         module = _named(activation, num_features) if isinstance(activation, str) else activation
-        if order == "before" and isinstance(activation, str) and isinstance(module, _IN_PLACE):
+        if order == "before" and isinstance(activation, str) and isinstance(module, IN_PLACE):
             module.inplace = True
         self.activation: nn.Module = module
 
