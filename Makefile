@@ -6,7 +6,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h tests/native/*.cu)
 
-.PHONY: bench test gpu-check lint format readme clean
+.PHONY: bench test gpu-check lint format readme docs clean
 
 bench: $(VENV)/installed ## microbenchmarks; BENCH="--quick --html report.html" passes options
 	$(PY) -m perfvl bench $(BENCH)
@@ -32,6 +32,10 @@ format: $(VENV)/installed
 readme: $(VENV)/installed ## README's and docs/measured.md's tables from benchmarks/results/*.json
 	$(PY) -m perfvl.benchmarks.tables --digest README.md benchmarks/results/*.json
 	$(PY) -m perfvl.benchmarks.tables docs/measured.md benchmarks/results/*.json
+
+docs: $(VENV)/installed ## the documentation pages, in build/docs
+	$(PIP) mkdocs-material "mkdocstrings[python]"
+	$(PY) -m mkdocs build --strict
 
 $(VENV)/environment: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
