@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perfvl.functional import color_transform
@@ -25,10 +26,20 @@ DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": to
 WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
 
 
+CLEAR = 1e-3  # of the activations' kinks
+
+
+def next_to_a_kink(image: Tensor, net: Mapping[str, Tensor]) -> Tensor:
+    """Where a unit of a pixel is so near to 0 that rounding may choose its slope."""
+    weight1, bias1, weight2, bias2 = (net[name].float() for name in WEIGHTS)
+    hidden = F.conv2d((image.float() - net["mean"][:, None, None]) * peers.SCALE, weight1, bias1)
+    output = F.conv2d(F.leaky_relu(hidden, peers.SLOPE), weight2, bias2)
+    return torch.cat([hidden, output], 1).abs().amin(1, keepdim=True) < CLEAR
+
+
 def make(params: Mapping[str, Any], generator: torch.Generator) -> Tensors:
-    """Random bytes; normal weights such that outputs are near 1."""
+    """Random bytes, of which no unit is next to its kink; normal weights such that outputs are near 1."""
     n, c, m, o, size = (params[name] for name in ("N", "C", "M", "O", "size"))
-    image = torch.randint(256, (n, c, size, size), generator=generator, dtype=torch.uint8)
     shapes = {
         "weight1": (m, c, 1, 1),
         "bias1": (m,),
@@ -40,7 +51,11 @@ def make(params: Mapping[str, Any], generator: torch.Generator) -> Tensors:
     made["weight1"] /= 3 * c**0.5
     made["weight2"] /= m**0.5
     made = {name: t.to(DTYPES[params["dtype"]]) for name, t in made.items()}
-    return {"image": image if params["image"] == "uint8" else image.float(), **made, "mean": torch.full((c,), 110.0)}
+    made["mean"] = torch.full((c,), 110.0)
+    image = torch.randint(256, (n, c, size, size), generator=generator, dtype=torch.uint8)
+    while (near := next_to_a_kink(image, made)).any():
+        image = torch.where(near, torch.randint(256, image.shape, generator=generator, dtype=torch.uint8), image)
+    return {"image": image if params["image"] == "uint8" else image.float(), **made}
 
 
 def contender(

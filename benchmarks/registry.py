@@ -22,6 +22,7 @@ MODULES = {
     "pooling": ("pooling",),
     "stackgan_step": ("stackgan_step",),
     "activation": ("activation",),
+    "norm_act": ("norm_act",),
     "caffenet_step": ("caffenet_step",),
     "lsuv": ("lsuv",),
     "moco_digits": ("moco_digits",),

@@ -26,6 +26,7 @@ DIGEST = (
     "vs eager: median (worst to best)",
     "vs best rival: median (worst to best)",
     "slower than it",
+    "wrong or not timed",
 )
 LOST = 0.97  # of the rival's speed: less is no noise
 HEADER = ("workload", "perfvl", "eager", "vs eager", "vs best rival", "memory: perfvl / eager", "of roofline")
@@ -45,7 +46,7 @@ def markdown(results: Record) -> str:
 
 
 def digest(results: Record) -> str:
-    """One line for each op of a recorded run. Workloads whose answer was wrong, or not timed, are not in it."""
+    """One line for each op of a recorded run. Workloads whose answer was wrong, or not timed, are counted apart."""
     lines = [
         f"**{text.machine_line(results['machine'])}**",
         "",
@@ -54,10 +55,13 @@ def digest(results: Record) -> str:
     ]
     for op in dict.fromkeys(workload["op"] for workload in results["workloads"]):
         against_eager, against_rival = [], []
-        for workload in results["workloads"]:
+        workloads = [workload for workload in results["workloads"] if workload["op"] == op]
+        counted = 0
+        for workload in workloads:
             ours = first_perfvl_row(workload)
-            if workload["op"] != op or ours is None or ours["status"] != "ok" or not ours["match"]:
+            if ours is None or ours["status"] != "ok" or not ours["match"]:
                 continue
+            counted += 1
             for ratios, row in ((against_eager, eager_row(workload)), (against_rival, best_peer(workload, ours))):
                 ratio = times_faster(row, ours)
                 if ratio is not None:
@@ -65,10 +69,11 @@ def digest(results: Record) -> str:
         lost = sum(ratio < LOST for ratio in against_rival)
         cells = (
             f"`{op}`",
-            str(len(against_eager)),
+            str(len(workloads)),
             _spread(against_eager),
             _spread(against_rival),
             str(lost or "none"),
+            str(len(workloads) - counted or "none"),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

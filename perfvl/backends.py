@@ -23,6 +23,7 @@ OPS: dict[str, Literal["triton", "native"]] = {
     "enqueue_": "native",
     "small_loss": "native",
     "max_avg_pool2d": "triton",
+    "norm_act": "triton",
     "separable_conv2d": "native",
     "upsample_conv2d": "native",
 }

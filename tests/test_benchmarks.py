@@ -397,7 +397,11 @@ class TestReports:
         assert written.count(f"| `{toy.op}` | 1 |") == 1
         for row in (row for row in record["workloads"][0]["rows"] if row["seconds"]):
             row["seconds"]["median"] = 2.0 if row["role"] == "perfvl" else 1.0
-        assert tables.digest(record).splitlines()[-1].endswith("**0.50x** (0.50x to 0.50x) | 1 |")
+        assert tables.digest(record).splitlines()[-1].endswith("**0.50x** (0.50x to 0.50x) | 1 | none |")
+        next(row for row in record["workloads"][0]["rows"] if row["role"] == "perfvl")["match"] = False
+        line = tables.digest(record).splitlines()[-1]
+        assert line.startswith(f"| `{toy.op}` | 1 |")
+        assert line.endswith("| none | 1 |")
 
     @pytest.mark.parametrize(
         "document", ["no markers", f"{tables.END}{tables.BEGIN}", f"{tables.BEGIN * 2}{tables.END}"]

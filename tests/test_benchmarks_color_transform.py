@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from benchmark_rows import CPU, check_rows, row_of, rows_of
 from perfvl.benchmarks import color_transform, color_transform_peers, registry
 from perfvl.benchmarks.workload import Workload
@@ -67,6 +68,15 @@ def test_zeros_for_gradients_are_noticed():
             return color_transform_peers.eager(*given)
 
         assert row_of(problem, color_transform.contender(problem.params, lambda f=constant: f))["match"] is False
+
+
+@pytest.mark.parametrize("dtype", list(color_transform.DTYPES))
+def test_no_unit_is_next_to_its_kink(dtype):
+    inputs = color_transform.workload(48, 5, hidden=16, dtype=dtype).inputs(CPU, seed=0)
+    exact = {name: t.double() for name, t in inputs.items()}
+    hidden = F.conv2d((exact["image"] - 110) * 0.04, exact["weight1"], exact["bias1"])
+    output = F.conv2d(F.leaky_relu(hidden, 0.5), exact["weight2"], exact["bias2"])
+    assert min(hidden.abs().min(), output.abs().min()) > 9e-4
 
 
 def test_tensors_have_the_layout_of_the_name():

@@ -15,6 +15,7 @@
 #include "cpu/info_nce.h"
 #include "cpu/key_queue.h"
 #include "cpu/momentum_update.h"
+#include "cpu/norm_act.h"
 #include "cpu/pooling.h"
 #include "cpu/separable_conv.h"
 #include "cpu/small_loss.h"
@@ -32,6 +33,7 @@ struct Level {
   const InfoNceKernel* info_nce;
   const MomentumKernel* momentum_update;
   const RingKernel* key_queue;
+  const NormActKernel* norm_act;
   const PoolingKernel* pooling;
   const SeparableConvKernel* separable_conv;
   const SmallLossKernel* small_loss;
@@ -69,6 +71,7 @@ inline bool has_baseline() { return true; }
   extern const InfoNceKernel info_nce;               \
   extern const MomentumKernel momentum_update;       \
   extern const RingKernel key_queue;                 \
+  extern const NormActKernel norm_act;               \
   extern const PoolingKernel pooling;                \
   extern const SeparableConvKernel separable_conv;   \
   extern const SmallLossKernel small_loss;           \
@@ -84,6 +87,7 @@ inline bool has_baseline() { return true; }
    &level::info_nce,        \
    &level::momentum_update, \
    &level::key_queue,       \
+   &level::norm_act,        \
    &level::pooling,         \
    &level::separable_conv,  \
    &level::small_loss,      \

@@ -146,7 +146,8 @@ class Builder:
     def classifier(self) -> None:
         """fc6 to fc8."""
         config = self.config
-        name, pieces = config.fc_activation or config.activation, self.pieces(config.fc_activation or config.activation)
+        name = config.fc_activation or config.activation
+        pieces = self.pieces(name)
         flat = not config.fc_kernels
         if config.spp_levels:
             self.add("spp", SpatialPyramidPool2d(config.spp_levels, config.pooling == "max_avg"))

@@ -7,6 +7,7 @@ from contracts.gan_loss import GAN_LOSS
 from contracts.info_nce import INFO_NCE, INFO_NCE_STATS
 from contracts.key_queue import ENQUEUE
 from contracts.momentum_update import MOMENTUM_UPDATE
+from contracts.norm_act import NORM_ACT
 from contracts.pooling import MAX_AVG_POOL, STOCHASTIC_POOL
 from contracts.separable_conv import SEPARABLE_CONV
 from contracts.small_loss import CO_TEACHING, CO_TEACHING_PLUS, DECOUPLING, JOCOR, SMALL_LOSS_MASK
@@ -29,6 +30,7 @@ CONTRACTS = [
     AUGMENTATION,
     MAXOUT,
     APL_CONTRACT,
+    NORM_ACT,
     COLOR_TRANSFORM,
     MAX_AVG_POOL,
     STOCHASTIC_POOL,

@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "heads.h"
 #include "in_place.h"
+#include "norms.h"
 #include "pools.h"
 #include "selection.h"
 #include "units.h"
@@ -296,6 +297,32 @@ py::tuple apl_backward(const std::string& level, int64_t threads, bool reverse, 
   });
 }
 
+using NormArguments = std::tuple<bool, bool, int, double, double, double>;
+NormSettings norm_settings(const NormArguments& s) {
+  auto [training, after, activation, parameter, eps, momentum] = s;
+  return {training, after, activation, parameter, eps, momentum};
+}
+
+py::tuple norm_act(const std::string& level, int64_t threads, bool reverse, const py::array& input,
+                   const Optional& weight, const Optional& bias, const py::array& running_mean,
+                   const py::array& running_var, const NormArguments& settings) {
+  const NormActKernel& kernel = *level_named(level).norm_act;
+  return normalise(input, weight, bias, running_mean, running_var, norm_settings(settings), [&](const NormAct& a) {
+    with_scratch(kernel.scratch_bytes(a), [&](void* scratch) { kernel.forward(a, scratch, host(threads, reverse)); });
+  });
+}
+
+py::tuple norm_act_backward(const std::string& level, int64_t threads, bool reverse, const py::array& grad,
+                            const py::array& input, const Optional& weight, const Optional& bias, const py::array& mean,
+                            const py::array& variance, const NormArguments& settings, std::array<bool, 2> needed) {
+  const NormActKernel& kernel = *level_named(level).norm_act;
+  return differentiate_norm(grad, input, weight, bias, mean, variance, norm_settings(settings), needed,
+                            [&](const NormActBackward& b) {
+                              with_scratch(kernel.backward_scratch_bytes(b),
+                                           [&](void* scratch) { kernel.backward(b, scratch, host(threads, reverse)); });
+                            });
+}
+
 py::array color_transform(const std::string& level, int64_t threads, bool reverse, const py::array& pixels,
                           const std::array<Optional, 5>& parameters, double scale, double negative_slope, bool residual,
                           bool channels_last) {
@@ -432,6 +459,8 @@ PYBIND11_MODULE(native_cpu, m) {
   m.def("maxout_backward", maxout_backward);
   m.def("apl", apl);
   m.def("apl_backward", apl_backward);
+  m.def("norm_act", norm_act);
+  m.def("norm_act_backward", norm_act_backward);
   m.def("color_transform", color_transform);
   m.def("color_transform_backward", color_transform_backward);
   m.def("max_avg_pool", max_avg_pool);
