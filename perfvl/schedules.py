@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from perfvl.ops._library import bad_type, bad_value
+from perfvl.ops._library import bad_type, bad_value, check_float
 
 
 def forget_rate(
@@ -300,8 +300,7 @@ def _check_count(function: str, argument: str, value: object, least: int) -> Non
         bad_value(function, argument, value, f"at least {least}")
 
 
-def _check_number(function: str, argument: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        bad_type(function, argument, type(value).__name__, "a float")
+def _check_number(function: str, argument: str, value: Any, low: float, high: float) -> None:
+    check_float(function, argument, value)
     if not low <= value <= high:
         bad_value(function, argument, value, f"a number in [{low}, {high}]")

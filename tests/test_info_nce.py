@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from op_contract import DEVICES
 
 import perfvl
+from perfvl import backends
 from perfvl.functional import info_nce, info_nce_stats
 from perfvl.nn import CrossModalInfoNCELoss, InfoNCELoss
 
@@ -324,3 +325,31 @@ def test_use_backend_nests_and_rejects_unknown_names(device):
     assert perfvl.backends._forced == "auto"
     with pytest.raises(ValueError, match="`name` got 'gpu', expected"):
         perfvl.use_backend("gpu")
+
+
+@pytest.mark.parametrize("isa_level", [] if backends.CPU_MISSING else torch.ops.perfvl._isa_levels())
+@pytest.mark.parametrize("factor", [1e5, 1e10, 1e12, 1e20])
+def test_logits_of_any_size_are_a_softmax(device, isa_level, factor):
+    """Products of so many digits are no longer exact: terms of the largest must still be 1."""
+    if device != "cpu":
+        pytest.skip("of the CPU's levels")
+    query, positive, queue = torch.randn(5, 16), torch.randn(5, 16), torch.randn(300, 16)
+    logits = torch.cat([(query * positive).sum(1, keepdim=True), query @ queue.T], 1).double() * factor
+    expected = F.cross_entropy(logits, torch.zeros(5, dtype=torch.int64))
+    before = torch.ops.perfvl._isa()
+    torch.ops.perfvl._set_isa(isa_level)
+    try:
+        scaled = (query * factor).requires_grad_()
+        for keys, slack in ((queue, 1e-5), (queue.bfloat16(), 2e-2)):
+            loss = info_nce(scaled, positive, keys, temperature=1.0)
+            torch.testing.assert_close(loss.double(), expected, rtol=slack, atol=0)
+            assert torch.autograd.grad(loss, scaled)[0].isfinite().all()
+    finally:
+        torch.ops.perfvl._set_isa(before)
+
+
+def test_a_positive_of_minus_infinity_leaves_the_others_sum(device):
+    positive = torch.randn(3, 16, device=device)
+    positive[0, 0] = -torch.inf
+    stats = info_nce_stats(torch.rand(3, 16, device=device), positive, torch.randn(50, 16, device=device))
+    assert stats.lse.isfinite().all()

@@ -78,6 +78,18 @@ def test_installed_wheel_runs_native(installed):
     assert "PERFVL_BUILD_CUDA=0" in out or "no CUDA GPU is available" in out
 
 
+def test_installed_wheel_keeps_the_contract(installed):
+    """Some of it; `tools/compatibility.py` runs all, beside any torch."""
+    target, _ = installed
+    shutil.copytree(ROOT / "tests", target / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", target)
+    chosen = "kernels_run or same_bits or bad_input or nothing_to_do"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_contract.py", "-k", chosen]
+    code = "import perfvl; print(perfvl.__file__)"
+    assert str(target) in run_installed(target, code)
+    assert " passed" in run(*command, env={"PYTHONPATH": str(target / "site")}, cwd=target)
+
+
 def test_without_a_compiler_everything_runs_on_the_reference(source, tmp_path):
     tools = tmp_path / "bin"  # a PATH with Python's tools and no compiler
     tools.mkdir()

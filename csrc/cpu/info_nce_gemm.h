@@ -44,29 +44,32 @@ void softmax_terms(float* scores, int64_t n, float scale2, float positive2, floa
     total *= factor;
     if (weighted_keys) scale_row(weighted_keys, width, factor);
   }
-  Vec sums[kUnroll] = {}, first = broadcast(positive2), base = broadcast(-top), scale = broadcast(scale2);
+  Vec sums[kUnroll] = {}, first = broadcast(positive2), base = broadcast(top), scale = broadcast(scale2);
   IntVec counts = {};
-  for (int64_t j = 0; j < whole; j += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) {
-      Vec score = load<Vec>(scores + j + u * kLanes);
-      if constexpr (kRank) counts += at_least(score * scale, first);
-      Vec term = exp2(fma(score, scale, base));
-      sums[u] += term;
-      store(scores + j + u * kLanes, term);
+  auto fill = [&](auto far) {
+    for (int64_t j = 0; j < whole; j += kUnroll * kLanes) {
+      for (int u = 0; u < kUnroll; ++u) {
+        Vec score = load<Vec>(scores + j + u * kLanes);
+        if constexpr (kRank) counts += at_least(score * scale, first);
+        Vec term = exp2(exponent<far.value>(score, scale, base));
+        sums[u] += term;
+        store(scores + j + u * kLanes, term);
+      }
     }
-  }
-  total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (int64_t j = whole; j < n; j += kLanes) {
-    int64_t lanes = std::min<int64_t>(kLanes, n - j);
-    Vec score = {};
-    std::memcpy(&score, scores + j, lanes * sizeof(float));
-    Vec term = exp2(fma(score, scale, base));
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      if (kRank) rank += score[lane] * scale2 >= positive2;
-      total += term[lane];
+    total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int64_t j = whole; j < n; j += kLanes) {
+      int64_t lanes = std::min<int64_t>(kLanes, n - j);
+      Vec score = {};
+      std::memcpy(&score, scores + j, lanes * sizeof(float));
+      Vec term = exp2(exponent<far.value>(score, scale, base));
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        if (kRank) rank += score[lane] * scale2 >= positive2;
+        total += term[lane];
+      }
+      std::memcpy(scores + j, &term, lanes * sizeof(float));
     }
-    std::memcpy(scores + j, &term, lanes * sizeof(float));
-  }
+  };
+  std::fabs(top) > kFar ? fill(std::true_type{}) : fill(std::false_type{});
   if constexpr (kRank)
     for (int lane = 0; lane < kLanes; ++lane) rank += counts[lane];
 }

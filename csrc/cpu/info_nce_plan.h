@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "common.h"
 #include "cpu/convert.h"
@@ -16,6 +17,14 @@ constexpr float kLog2e = 1.44269504088896340736f;
 // A row's reference point may lag behind its largest logit by this much (in powers of two) before its sums are
 // rescaled: exp2 stays below 2^20, far from overflow, and rescaling all but disappears.
 constexpr float kSlack = 20.f;
+
+// score * scale - top, rounded once while it can be. The largest product was rounded before it became `top`; where that
+// took away more than exp2 bears, all products are.
+constexpr float kFar = 1 << 30;
+template <bool kIsFar>
+[[gnu::always_inline]] inline Vec exponent(Vec score, Vec scale, Vec top) {
+  return kIsFar ? score * scale - top : fma(score, scale, -top);
+}
 
 struct Plan {
   bool tiles;      // bfloat16 tile products instead of the host's float32 BLAS
@@ -189,7 +198,7 @@ inline void merge_row(const Problem& p, int64_t i) {
   double loss = std::log1p(negatives / positive);
   if (std::isinf(loss)) loss = std::log(negatives) + (top - positive2) / kLog2e;
   a.loss[i] = float(loss);
-  a.lse[i] = float(loss + a.positive_logit[i]);
+  a.lse[i] = float(std::isinf(loss) ? std::log(all) + top / kLog2e : loss + a.positive_logit[i]);
   if (a.rank) a.rank[i] = int32_t(rank);
   if (!a.grad_query) return;
   double weight = negatives / all;

@@ -107,25 +107,28 @@ void softmax_tiles(const Problem& p, const float* scores, int64_t n, const float
     Vec base = load<Vec>(top + half * 16), first = load<Vec>(positive2 + half * 16);
     Vec sums = {};  // of this chunk alone: one running float32 sum over a long queue would drift
     IntVec counts = load<IntVec>(rank + half * 16);
-    auto term = [&](int64_t j) {
-      if (j >= n) return Vec{};
-      Vec score = load<Vec>(scores + j * 32 + half * 16);
-      if constexpr (kRank) counts += at_least(score * p.scale2, first);
-      Vec t = exp2(fma(score, broadcast(p.scale2), -base));
-      sums += t;
-      return t;
-    };
-    for (int64_t s = 0; s < steps; ++s) {
-      __m512i pairs[16];
-      for (int64_t j = 0; j < 16; ++j) {
-        Vec even = term(s * 32 + 2 * j), odd = term(s * 32 + 2 * j + 1);
-        pairs[j] = make_pairs(even, odd);
+    auto fill = [&](auto far) {
+      auto term = [&](int64_t j) {
+        if (j >= n) return Vec{};
+        Vec score = load<Vec>(scores + j * 32 + half * 16);
+        if constexpr (kRank) counts += at_least(score * p.scale2, first);
+        Vec t = exp2(exponent<far.value>(score, broadcast(p.scale2), base));
+        sums += t;
+        return t;
+      };
+      for (int64_t s = 0; s < steps; ++s) {
+        __m512i pairs[16];
+        for (int64_t j = 0; j < 16; ++j) {
+          Vec even = term(s * 32 + 2 * j), odd = term(s * 32 + 2 * j + 1);
+          pairs[j] = make_pairs(even, odd);
+        }
+        if (!weighted_keys) continue;
+        transpose(pairs);
+        uint16_t* tile = terms + (half * steps + s) * kTile;
+        for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(tile + j * 32, pairs[j]);
       }
-      if (!weighted_keys) continue;
-      transpose(pairs);
-      uint16_t* tile = terms + (half * steps + s) * kTile;
-      for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(tile + j * 32, pairs[j]);
-    }
+    };
+    largest(max(base, -base)) > kFar ? fill(std::true_type{}) : fill(std::false_type{});
     store(total + half * 16, load<Vec>(total + half * 16) + sums);
     store(rank + half * 16, counts);
   }

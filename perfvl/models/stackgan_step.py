@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from perfvl.models.stackgan import Stage1Discriminator, Stage1Generator, Stage2Discriminator, Stage2Generator
 from perfvl.models.stackgan_parts import check_images, check_vectors
-from perfvl.ops._library import bad_type, bad_value
+from perfvl.ops._library import bad_type, bad_value, check_float
 from perfvl.ops.gan_loss import GANLoss, gan_loss
 
 __all__ = [
@@ -336,9 +336,8 @@ def _check_mode(op: str, mode: object) -> None:
         bad_value(op, "mode", repr(mode), '"paper" or "reference"')
 
 
-def _check_kl_weight(op: str, kl_weight: object) -> None:
-    if isinstance(kl_weight, bool) or not isinstance(kl_weight, (int, float)):
-        bad_type(op, "kl_weight", type(kl_weight).__name__, "a float")
+def _check_kl_weight(op: str, kl_weight: Any) -> None:
+    check_float(op, "kl_weight", kl_weight)
     if not math.isfinite(kl_weight):
         bad_value(op, "kl_weight", kl_weight, "a finite number")
 
@@ -351,7 +350,7 @@ def _check_pairs(
     wrong: object,
     wrong_images: object,
     permutation: object,
-    label_smoothing: object,
+    label_smoothing: Any,
 ) -> None:
     _check_mode(op, mode)
     if wrong not in _WRONG:
@@ -373,7 +372,6 @@ def _check_pairs(
             bad_type(op, "permutation", got, "an int64 tensor")
         if permutation.shape != real.shape[:1]:
             bad_value(op, "permutation", f"shape {tuple(permutation.shape)}", f"[{len(real)}]")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        bad_type(op, "label_smoothing", type(label_smoothing).__name__, "a float")
+    check_float(op, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:
         bad_value(op, "label_smoothing", label_smoothing, "a number in [0, 1)")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perfvl.ops._library import bad_type, bad_value
+from perfvl.ops._library import bad_type, bad_value, check_float
 from perfvl.ops.activation import apl, maxout
 from perfvl.ops.depthwise_conv import is_channels_last
 from perfvl.reference.activation import of_samples, rrelu_slope
@@ -27,9 +28,8 @@ def _whole(where: str, argument: str, value: object, least: int = 1) -> int:
     return value
 
 
-def _number(where: str, argument: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        bad_type(where, argument, type(value).__name__, "a float")
+def _number(where: str, argument: str, value: Any) -> float:
+    check_float(where, argument, value)
     if not math.isfinite(value):
         bad_value(where, argument, value, "a finite number")
     return float(value)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perfvl.ops._library import bad_type, bad_value
+from perfvl.ops._library import bad_value, check_float
 from perfvl.ops.color_transform import color_transform
 from perfvl.reference.color_transform import centered
 
@@ -94,8 +94,7 @@ class ColorTransform(nn.Module):
         if mean is not None and len(mean) != 3:
             bad_value(op, "mean", f"{len(mean)} numbers", "one for each of 3 channels")
         for name, number in (("scale", scale), ("negative_slope", negative_slope)):
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                bad_type(op, name, type(number).__name__, "a float")
+            check_float(op, name, number)
         if found.logarithms and (mean is not None or scale != 1):
             name, got = ("mean", mean) if mean is not None else ("scale", scale)
             bad_value(op, name, got, f'none with "{variant}": its logarithms are of the raw image')

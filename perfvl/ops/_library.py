@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
@@ -54,6 +55,37 @@ def check_tensor(op: str, argument: str, value: object, dims: int, beside: Tenso
         bad_value(op, argument, f"device {value.device}", f"the input's device {beside.device}")
     if value.dtype != beside.dtype and autocast_dtype(beside) is None:
         bad_type(op, argument, value.dtype, f"the input's dtype {beside.dtype}")
+
+
+def check_float(op: str, argument: str, value: object) -> None:
+    """`value` must be a number of Python."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        bad_type(op, argument, type(value).__name__, "a float")
+
+
+def check_bool(op: str, argument: str, value: object) -> None:
+    """`value` must be True or False."""
+    if not isinstance(value, bool):
+        bad_type(op, argument, _shown(value), "a bool")
+
+
+def check_name(op: str, argument: str, value: object, names: Iterable[str]) -> None:
+    """`value` must be one of the names."""
+    if not isinstance(value, str) or value not in names:
+        few = " or ".join(f'"{name}"' for name in names)
+        bad_value(op, argument, _shown(value), few if len(few) < 30 else f"one of {', '.join(names)}")
+
+
+def _shown(value: object) -> str:
+    """The value where it is short and to be had without looking at a device."""
+    return repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+
+
+def as_list(op: str, argument: str, value: object) -> list[Tensor]:
+    """What `value` has, tensors or not: any number of them, but not one tensor's rows."""
+    if isinstance(value, Tensor) or not isinstance(value, Iterable):
+        bad_type(op, argument, type(value).__name__, "a list of tensors")
+    return list(value)
 
 
 def autocast_dtype(beside: Tensor) -> torch.dtype | None:

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import FLOATING, LIBRARY, autocast_dtype, bad_type, bad_value, refuse_second_derivative
+from perfvl.ops._library import (
+    FLOATING,
+    LIBRARY,
+    autocast_dtype,
+    bad_type,
+    bad_value,
+    check_bool,
+    check_float,
+    refuse_second_derivative,
+)
 from perfvl.ops.depthwise_conv import is_channels_last
 from perfvl.reference import color_transform as reference
 
@@ -136,14 +145,12 @@ def _check(
     if mean is not None and mean.requires_grad:
         bad_value(op, "mean", "a tensor that requires a gradient", "a constant")
     for name, number in (("negative_slope", negative_slope), ("scale", scale)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            bad_type(op, name, type(number).__name__, "a float")
+        check_float(op, name, number)
     if not 0 <= negative_slope < math.inf:
         bad_value(op, "negative_slope", negative_slope, "a finite number, at least 0")
     if not -math.inf < scale < math.inf:
         bad_value(op, "scale", scale, "a finite number")
-    if not isinstance(residual, bool):
-        bad_type(op, "residual", type(residual).__name__, "a bool")
+    check_bool(op, "residual", residual)
     if residual and outputs != channels:
         bad_value(op, "residual", f"True with {outputs} outputs", f"as many as the image's channels, {channels}")
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import LIBRARY, autocast_dtype, bad_value, check_tensor, refuse_second_derivative
+from perfvl.ops._library import LIBRARY, autocast_dtype, bad_value, check_name, check_tensor, refuse_second_derivative
 from perfvl.ops.depthwise_conv import dense
 from perfvl.reference import conditioning as reference
 from perfvl.reference.conditioning import PROJECTION_CODES, PROJECTIONS
@@ -177,8 +177,7 @@ def _check_augmentation(text: Tensor, weight: Tensor, bias: Tensor, eps: Tensor,
     op = "conditioning_augmentation"
     for name, value, dims in (("text", text, 2), ("weight", weight, 2), ("bias", bias, 1), ("eps", eps, 2)):
         check_tensor(op, name, value, dims, text)
-    if activation not in PROJECTIONS:
-        bad_value(op, "activation", repr(activation), f"one of {', '.join(PROJECTIONS)}")
+    check_name(op, "activation", activation, PROJECTIONS)
     parts = 4 if activation == "glu" else 2
     if weight.shape[0] % parts or weight.shape[1] != text.shape[1]:
         bad_value(op, "weight", f"shape {tuple(weight.shape)}", f"({parts} e, {text.shape[1]})")

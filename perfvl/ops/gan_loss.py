@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import FLOATING, LIBRARY, bad_type, bad_value, refuse_second_derivative
+from perfvl.ops._library import (
+    FLOATING,
+    LIBRARY,
+    bad_type,
+    bad_value,
+    check_float,
+    check_name,
+    refuse_second_derivative,
+)
 from perfvl.reference import gan_loss as reference
 
 _MODES = ("stable", "exact")
@@ -108,15 +116,13 @@ def _checked(
             bad_value(op, where, f"device {x.device}", f"the device of logits[0], {logits[0].device}")
     for name, values in (("targets", targets), ("weights", weights)):
         for k, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                bad_type(op, f"{name}[{k}]", type(value).__name__, "a float")
+            check_float(op, f"{name}[{k}]", value)
     for k, (target, weight) in enumerate(zip(targets, weights, strict=True)):
         if not 0.0 <= target <= 1.0:
             bad_value(op, f"targets[{k}]", target, "a number in [0, 1]")
         if not -math.inf < weight < math.inf:
             bad_value(op, f"weights[{k}]", weight, "a finite number")
-    if mode not in _MODES:
-        bad_value(op, "mode", repr(mode), '"stable" or "exact"')
+    check_name(op, "mode", mode, _MODES)
     return list(logits), [float(y) for y in targets], [float(w) for w in weights]
 
 

@@ -16,7 +16,10 @@ from perfvl.ops._library import (
     REDUCTIONS,
     bad_type,
     bad_value,
+    check_bool,
+    check_float,
     check_matrix,
+    check_name,
     check_temperature,
     refuse_second_derivative,
 )
@@ -139,7 +142,7 @@ def _evaluate(
     reduction: str,
     with_rank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(op, query, positive, queue, temperature, valid, label_smoothing, reduction)
+    _check(op, query, positive, queue, temperature, normalize, valid, label_smoothing, reduction)
     if normalize:
         query, positive = _normalized(query), _normalized(positive)
     if isinstance(valid, int):
@@ -182,6 +185,7 @@ def _check(
     positive: Tensor,
     queue: Tensor,
     temperature: Temperature,
+    normalize: bool,
     valid: int | Tensor | None,
     label_smoothing: float,
     reduction: str,
@@ -199,10 +203,11 @@ def _check(
     check_temperature(op, temperature, query)
     if valid is not None:
         _check_valid(op, valid, queue)
+    check_float(op, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         bad_value(op, "label_smoothing", label_smoothing, "a number in [0, 1]")
-    if reduction not in REDUCTIONS:
-        bad_value(op, "reduction", repr(reduction), '"mean", "sum" or "none"')
+    check_name(op, "reduction", reduction, REDUCTIONS)
+    check_bool(op, "normalize", normalize)
 
 
 def _check_valid(op: str, valid: int | Tensor, queue: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import LIBRARY, bad_type, bad_value, check_matrix, same_device
+from perfvl.ops._library import LIBRARY, as_list, bad_type, bad_value, check_bool, check_matrix, same_device
 from perfvl.reference import key_queue as reference
 
 MAX_PAYLOADS = 8
@@ -73,8 +73,12 @@ def enqueue_(
         try:
             _write(queue, cursor, keys, valid, mask, list(payload_queues), list(payloads), normalize, drop_tail)
             return
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             pass  # the kernel wrote nothing: some argument is a mistake, or of a dtype it does not know
+    payload_queues = as_list("enqueue_", "payload_queues", payload_queues)
+    payloads = as_list("enqueue_", "payloads", payloads)
+    check_bool("enqueue_", "normalize", normalize)
+    check_bool("enqueue_", "drop_tail", drop_tail)
     check(queue, cursor, keys, valid, mask, payload_queues, payloads)
     with torch.no_grad():
         payloads = [p.to(q.dtype) for p, q in zip(payloads, payload_queues, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import LIBRARY, bad_type, bad_value, same_device
+from perfvl.ops._library import LIBRARY, as_list, bad_type, bad_value, same_device
 from perfvl.reference import momentum_update as reference
 
 Momentum = float | Tensor
@@ -66,7 +66,9 @@ def momentum_update_(
     if strict not in (None, "moco"):
         bad_value("momentum_update_", "strict", repr(strict), 'None or "moco"')
     convex = strict == "moco"
-    targets, sources, copies = list(targets), list(sources), list(copies or ())
+    targets = as_list("momentum_update_", "targets", targets)
+    sources = as_list("momentum_update_", "sources", sources)
+    copies = [] if copies is None else as_list("momentum_update_", "copies", copies)
     fused = _runs_fused(targets, tensor)
     with torch.no_grad():
         if fused and not torch.compiler.is_compiling():

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import FLOATING, LIBRARY, bad_type, bad_value, refuse_second_derivative
+from perfvl.ops._library import (
+    FLOATING,
+    LIBRARY,
+    bad_type,
+    bad_value,
+    check_bool,
+    check_float,
+    check_name,
+    refuse_second_derivative,
+)
 from perfvl.ops.depthwise_conv import dense, is_channels_last
 from perfvl.reference import norm_act as reference
 from perfvl.reference.norm_act import ACTIVATIONS, CODES
@@ -136,6 +145,7 @@ def _check(
     _check_tensor("input", input, input)
     if input.dim() < 2:
         bad_value("norm_act", "input", f"shape {tuple(input.shape)}", "at least 2 dimensions, the second of channels")
+    check_bool("norm_act", "training", training)
     channels = input.shape[1]
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, value in named.items():
@@ -149,14 +159,11 @@ def _check(
     if not training and running_mean is None:
         bad_value("norm_act", "running_mean", None, "running statistics where the batch's are not used")
     for name, number in (("momentum", momentum), ("eps", eps), ("parameter", parameter)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            bad_type("norm_act", name, type(number).__name__, "a float")
+        check_float("norm_act", name, number)
         if not -math.inf < number < math.inf or (name == "eps" and number < 0):  # isfinite: unknown to torch.compile
             bad_value("norm_act", name, number, "a finite number" + (" of at least 0" if name == "eps" else ""))
-    if activation not in ACTIVATIONS:
-        bad_value("norm_act", "activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
-    if order not in ORDERS:
-        bad_value("norm_act", "order", repr(order), '"before" or "after"')
+    check_name("norm_act", "activation", activation, ACTIVATIONS)
+    check_name("norm_act", "order", order, ORDERS)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:  # the text of torch.nn.functional.batch_norm
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import LIBRARY, bad_type, bad_value, check_tensor, refuse_second_derivative
+from perfvl.ops._library import LIBRARY, bad_type, bad_value, check_bool, check_tensor, refuse_second_derivative
 from perfvl.ops.depthwise_conv import dense, is_channels_last
 from perfvl.reference import pooling as reference
 
@@ -155,8 +155,7 @@ def check_windows(op: str, kernel_size: Size, stride: Size | None, padding: Size
     around = _pair(op, "padding", padding, 0)
     if any(2 * p > k for p, k in zip(around, kernel, strict=True)):
         bad_value(op, "padding", padding, f"at most half of the kernel size {kernel_size}")
-    if not isinstance(ceil_mode, bool):
-        bad_type(op, "ceil_mode", repr(ceil_mode), "a bool")
+    check_bool(op, "ceil_mode", ceil_mode)
     return [kernel, steps, around]
 
 
@@ -165,7 +164,9 @@ def geometry(
 ) -> Geometry:
     """The sizes of a pooling of an image, which has to have a window."""
     height, width = input.shape[2:]
-    plain = all(type(n) is int for n in (height, width, kernel_size, padding, 1 if stride is None else stride))
+    plain = type(ceil_mode) is bool and all(
+        type(n) is int for n in (height, width, kernel_size, padding, 1 if stride is None else stride)
+    )
     if plain and not torch.compiler.is_compiling():
         return _remembered(op, height, width, kernel_size, stride, padding, ceil_mode)
     return _geometry(op, height, width, kernel_size, stride, padding, ceil_mode)
@@ -189,8 +190,8 @@ def _pair(op: str, name: str, value: Size, least: int) -> list[int]:
     pair = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
     if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair):
         bad_type(op, name, repr(value), "an int, or two of them: (height, width)")
-    if min(pair) < least:
-        bad_value(op, name, value, f"at least {least}")
+    if min(pair) < least or max(pair) >= 2**31:
+        bad_value(op, name, value, f"at least {least}, below 2^31")
     return pair
 
 

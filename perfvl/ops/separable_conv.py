@@ -20,6 +20,7 @@ from perfvl.ops._library import (
     autocast_dtype,
     bad_type,
     bad_value,
+    check_name,
     check_tensor,
     refuse_second_derivative,
 )
@@ -155,8 +156,7 @@ def check_layer(
         if bias.shape[0] != pointwise_weight.shape[0]:
             bad_value(op, "bias", f"shape {tuple(bias.shape)}", f"({pointwise_weight.shape[0]},)")
     for name, value in (("pre_activation", pre_activation), ("activation", activation)):
-        if value not in ACTIVATIONS:
-            bad_value(op, name, repr(value), f"one of {', '.join(ACTIVATIONS)}")
+        check_name(op, name, value, ACTIVATIONS)
     strides, dilations = _pair(op, "stride", stride, 1), _pair(op, "dilation", dilation, 1)
     size, kernel = input.shape[2:], depthwise_weight.shape[2:]
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import FLOATING, LIBRARY, bad_type, bad_value, refuse_second_derivative
+from perfvl.ops._library import (
+    FLOATING,
+    LIBRARY,
+    bad_type,
+    bad_value,
+    check_float,
+    check_name,
+    refuse_second_derivative,
+)
 from perfvl.reference import small_loss as reference
 
 Rate = float | Tensor
@@ -74,6 +82,8 @@ def small_loss_mask(losses: Tensor, keep_rate: Rate, *, candidates: Tensor | Non
         bad_type(op, "losses", type(losses).__name__, "a torch.Tensor")
     if losses.dtype not in FLOATING:
         bad_type(op, "losses", losses.dtype, "a float32, bfloat16, float16 or float64 tensor")
+    if losses.layout is not torch.strided:
+        bad_type(op, "losses", losses.layout, "a dense (strided) tensor")
     if losses.dim() == 0:
         bad_value(op, "losses", "0 dimensions", "[..., n]")
     _check_rate(op, "keep_rate", keep_rate, losses, losses.shape[:-1])
@@ -127,8 +137,7 @@ def decoupling_loss(
         >>> (out.loss1 + out.loss2).backward()
     """
     op = "decoupling_loss"
-    if isinstance(min_batch_fraction, bool) or not isinstance(min_batch_fraction, (int, float)):
-        bad_type(op, "min_batch_fraction", type(min_batch_fraction).__name__, "a float")
+    check_float(op, "min_batch_fraction", min_batch_fraction)
     if not 0.0 <= min_batch_fraction <= 1.0:
         bad_value(op, "min_batch_fraction", min_batch_fraction, "a number in [0, 1]")
     return _evaluate(
@@ -222,6 +231,8 @@ def co_teaching_plus_loss(
             bad_value(op, "step", f"shape {tuple(step.shape)}", "an int or an int64 tensor with one element")
     elif step is not None and (isinstance(step, bool) or not isinstance(step, int)):
         bad_type(op, "step", type(step).__name__, "an int or an int64 tensor with one element")
+    elif step is not None and not -(2**63) <= step < 2**63:
+        bad_value(op, "step", step, "a number of 64 bits")
     return _evaluate(
         op,
         "co_teaching_plus",
@@ -258,8 +269,7 @@ def jocor_loss(
         >>> out.loss1.backward()
     """
     op = "jocor_loss"
-    if isinstance(co_lambda, bool) or not isinstance(co_lambda, (int, float)):
-        bad_type(op, "co_lambda", type(co_lambda).__name__, "a float")
+    check_float(op, "co_lambda", co_lambda)
     if not 0.0 <= co_lambda <= 1.0:
         bad_value(op, "co_lambda", co_lambda, "a number in [0, 1]")
     return _evaluate(op, "jocor", mode, logits1, logits2, labels, forget_rate, "co_lambda", float(co_lambda))
@@ -362,6 +372,8 @@ def _check(
             bad_type(op, name, type(logits).__name__, "a torch.Tensor")
         if logits.dtype not in FLOATING:
             bad_type(op, name, logits.dtype, "a float32, bfloat16, float16 or float64 tensor")
+        if logits.layout is not torch.strided:
+            bad_type(op, name, logits.layout, "a dense (strided) tensor")
     shape = logits1.shape
     if len(shape) < 2:
         bad_value(op, "logits1", f"shape {tuple(shape)}", "[..., n, K]")
@@ -372,8 +384,7 @@ def _check(
     if logits2.device != logits1.device:
         bad_value(op, "logits2", f"device {logits2.device}", f"that of logits1, {logits1.device}")
     _check_rows(op, "labels", labels, torch.int64, shape[:-1], logits1)
-    if mode not in ("paper", "reference"):
-        bad_value(op, "mode", repr(mode), '"paper" or "reference"')
+    check_name(op, "mode", mode, ("paper", "reference"))
     if shape[-1] == 0:
         bad_value(op, "logits1", f"shape {tuple(shape)}", "at least one class")
     if shape[-2] == 0 and (method in ("co_teaching", "jocor") or mode == "reference"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perfvl import backends
 from perfvl.ops import upsample_conv_transposed as transposed
-from perfvl.ops._library import LIBRARY, autocast_dtype, bad_value, check_tensor, refuse_second_derivative
+from perfvl.ops._library import LIBRARY, autocast_dtype, bad_value, check_name, check_tensor, refuse_second_derivative
 from perfvl.ops.depthwise_conv import dense
 from perfvl.ops.separable_conv import NO_AFFINE, Affine
 from perfvl.reference import upsample_conv as reference
@@ -79,8 +79,7 @@ def check(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, activatio
         check_tensor(op, "bias", bias, 1, input)
         if bias.shape[0] != weight.shape[0]:
             bad_value(op, "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
-    if activation not in ACTIVATIONS:
-        bad_value(op, "activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
+    check_name(op, "activation", activation, ACTIVATIONS)
 
 
 def run(

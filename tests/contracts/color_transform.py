@@ -223,7 +223,7 @@ def bad_inputs() -> list[BadInput]:
         bad("slope in a tensor", T, "negative_slope", torch.ones(()), "Tensor, expected a float"),
         bad("bool scale", T, "scale", True, "bool, expected a float"),
         bad("infinite scale", V, "scale", float("inf"), "inf, expected a finite number"),
-        bad("residual", T, "residual", 1, "int, expected a bool"),
+        bad("residual", T, "residual", 1, "1, expected a bool"),
         bad("no room", V, "residual", True, "True with 2 outputs, expected as many", weight2=w2[:2], bias2=None),
     ]
     return found
