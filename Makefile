@@ -6,7 +6,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.h tests/native/*.cu)
 
-.PHONY: bench test gpu-check lint format readme docs clean
+.PHONY: bench test gpu-check lint format readme compatibility docs clean
 
 bench: $(VENV)/installed ## microbenchmarks; BENCH="--quick --html report.html" passes options
 	$(PY) -m perfvl bench $(BENCH)
@@ -32,6 +32,9 @@ format: $(VENV)/installed
 readme: $(VENV)/installed ## README's and docs/measured.md's tables from benchmarks/results/*.json
 	$(PY) -m perfvl.benchmarks.tables --digest README.md benchmarks/results/*.json
 	$(PY) -m perfvl.benchmarks.tables docs/measured.md benchmarks/results/*.json
+
+compatibility: $(VENV)/installed ## the wheel beside other torches; COMPATIBILITY="--python python3.10 --torch 2.11.0"
+	$(PY) tools/compatibility.py $(COMPATIBILITY)
 
 docs: $(VENV)/installed ## the documentation pages, in build/docs
 	$(PIP) mkdocs-material "mkdocstrings[python]"
