@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cpu/activation_spans.h"
 #include "cpu/activation_units.h"
@@ -46,57 +45,18 @@ struct Task {
   int64_t part, begin, end, first, last;  // of outer, and of parameters
 };
 
-// The elements of one dtype: of [outer, parameters, inner], from number `at` on.
+// Of [outer, parameters, inner]. Rows that would not stay in the caches go past them.
 template <Dtype dtype>
-struct Elements {
-  static constexpr int64_t kBytes = dtype == Dtype::float32 ? 4 : 2, kAhead = 1536;
-  const char* data;
-  explicit Elements(const void* p) : data(static_cast<const char*>(p)) {}
-  Vec get(int64_t at, int64_t lanes) const { return read_lanes(dtype, data + at * kBytes, lanes); }
-  // Of rows read side by side: asks for what comes next, for the processor follows few of them by itself.
-  Vec get_ahead(int64_t at, int64_t lanes) const {
-    __builtin_prefetch(data + at * kBytes + kAhead);
-    return get(at, lanes);
-  }
-};
-
-// Elements that are written once. Rows that would not stay in the caches go past them: memory is not fetched to be
-// overwritten, and what the op reads stays.
-template <Dtype dtype>
-struct Results : Elements<dtype> {
-  using Elements<dtype>::kBytes;
-  static constexpr int64_t kBeyondCaches = 4 << 20;
-  bool past;
-  Results(void* p, const Apl& a) : Elements<dtype>(p) {
-    bool aligned = a.parameters % kLanes == 0 && reinterpret_cast<uintptr_t>(p) % (kLanes * kBytes) == 0;
-    past = a.inner == 1 && aligned && a.outer * a.parameters * kBytes > kBeyondCaches;
-  }
-  void set(int64_t at, Vec x, int64_t lanes) const {
-    char* to = const_cast<char*>(this->data) + at * kBytes;
-    if (!past || lanes != kLanes) return write_lanes(dtype, to, x, lanes);
-    if constexpr (dtype == Dtype::float32)
-      stream(to, x);
-    else
-      stream(to, narrow(dtype, x));
-  }
-  void finish() const {
-    if (past) stream_fence();
-  }
-};
-Vec get_float(const float* p, int64_t lanes) { return read_lanes(Dtype::float32, p, lanes); }
-
-// f(row, integral_constant of how many) for rows [begin, end), `kMany` at a time while there are as many.
-template <int64_t kMany, class F>
-[[gnu::always_inline]] inline void for_rows(int64_t begin, int64_t end, const F& f) {
-  int64_t row = begin;
-  for (; row + kMany <= end; row += kMany) f(row, std::integral_constant<int64_t, kMany>{});
-  for (; row < end; ++row) f(row, std::integral_constant<int64_t, 1>{});
+Results<dtype> results_of(void* p, const Apl& a) {
+  constexpr int64_t kBeyondCaches = 4 << 20, kLine = Results<dtype>::kLine;
+  bool aligned = a.parameters % kLanes == 0 && reinterpret_cast<uintptr_t>(p) % kLine == 0;
+  return {p, a.inner == 1 && aligned && a.outer * a.parameters * Results<dtype>::kBytes > kBeyondCaches};
 }
 
 template <int S, Dtype dtype>
 void apl_planes(const Apl& a, const Task& t) {
   Elements<dtype> input(a.input);
-  Results<dtype> output(a.output, a);
+  Results<dtype> output = results_of<dtype>(a.output, a);
   for (int64_t o = t.begin; o < t.end; ++o)
     for (int64_t p = t.first; p < t.last; ++p) {
       Vec slope[S], hinge[S];
@@ -117,7 +77,7 @@ void apl_planes(const Apl& a, const Task& t) {
 template <Dtype dtype>
 void apl_columns(const Apl& a, const Task& t) {
   Elements<dtype> input(a.input);
-  Results<dtype> output(a.output, a);
+  Results<dtype> output = results_of<dtype>(a.output, a);
   for_rows<kRows>(t.begin, t.end, [&](int64_t row, auto rows) {
     for_vectors(t.last - t.first, [&](int64_t i, int64_t lanes) {
       int64_t start = row * a.parameters + t.first + i;
@@ -166,7 +126,7 @@ template <int S, Dtype dtype>
 void planes_backward(const AplBackward& b, const Task& t, float* sums) {
   const Apl& a = b.forward;
   Elements<dtype> input(a.input), upstream(b.grad_output);
-  Results<dtype> result(b.grad_input, a);
+  Results<dtype> result = results_of<dtype>(b.grad_input, a);
   Segments<S> total[Tasks::kMostPlanes];
   for (int64_t p = t.first; p < t.last; ++p)
     for (int s = 0; s < S; ++s) {
@@ -195,7 +155,7 @@ template <int S, Dtype dtype>
 void columns_backward(const AplBackward& b, const Task& t, float* sums) {
   const Apl& a = b.forward;
   Elements<dtype> input(a.input), upstream(b.grad_output);
-  Results<dtype> result(b.grad_input, a);
+  Results<dtype> result = results_of<dtype>(b.grad_input, a);
   Segments<S> columns[(Tasks::kMostColumns / S + kLanes - 1) / kLanes];
   int64_t count = t.last - t.first;
   for_vectors(count, [&](int64_t i, int64_t lanes) {

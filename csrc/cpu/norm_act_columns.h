@@ -10,14 +10,6 @@ namespace {
 
 constexpr int64_t kSumRows = 64;  // added in float32
 
-// f(row, integral_constant of how many) for rows [begin, end), `kMany` at a time while there are as many.
-template <int64_t kMany, class F>
-[[gnu::always_inline]] inline void for_rows(int64_t begin, int64_t end, const F& f) {
-  int64_t row = begin;
-  for (; row + kMany <= end; row += kMany) f(row, std::integral_constant<int64_t, kMany>{});
-  for (; row < end; ++row) f(row, std::integral_constant<int64_t, 1>{});
-}
-
 struct ColumnSums {
   alignas(64) float first[kMostColumns], second[kMostColumns];
 };
@@ -103,7 +95,7 @@ struct Columns {
 
   static void apply(const NormAct& a, const Channels& k, const Task& t) {
     Elements<dtype> input(a.input);
-    Results<dtype> output(a.output, a);
+    Lines<dtype> output(a.output, a);
     for_columns(a, t, [&](int64_t at, int64_t c, int64_t lanes, auto rows) {
       N norm = norm_of(a, k, c, lanes);
       for (int64_t r = 0; r < rows; ++r, at += a.channels)
@@ -136,7 +128,7 @@ struct Columns {
   static void differentiate(const NormActBackward& b, const Channels& k, const Task& t) {
     const NormAct& a = b.forward;
     Elements<dtype> input(a.input), upstream(b.grad_output);
-    Results<dtype> result(b.grad_input, a);
+    Lines<dtype> result(b.grad_input, a);
     for_columns(a, t, [&](int64_t at, int64_t c, int64_t lanes, auto rows) {
       N norm = norm_of(a, k, c, lanes);
       Vec offset = get_float(k.offset + c, lanes), slope = get_float(k.slope + c, lanes);

@@ -121,53 +121,26 @@ void finish_gradients(const NormActBackward& b, const Channels& k, int64_t first
   }
 }
 
-// The elements of one dtype: of [outer, channels, inner], from number `at` on.
+// Results of [outer, channels, inner], of which whole lines may be written past the caches.
 template <Dtype dtype>
-struct Elements {
-  static constexpr int64_t kBytes = dtype == Dtype::float32 ? 4 : 2, kAhead = 1536;
-  const char* data;
-  explicit Elements(const void* p) : data(static_cast<const char*>(p)) {}
-  Vec get(int64_t at, int64_t lanes) const { return read_lanes(dtype, data + at * kBytes, lanes); }
-  // Of rows read side by side: asks for what comes next, for the processor follows few of them by itself.
-  Vec get_ahead(int64_t at, int64_t lanes) const {
-    __builtin_prefetch(data + at * kBytes + kAhead);
-    return get(at, lanes);
-  }
-};
-
-// Elements that are written once. What would not stay in the caches goes past them: memory is not fetched to be
-// overwritten, and what is read twice stays.
-template <Dtype dtype>
-struct Results : Elements<dtype> {
-  using Elements<dtype>::kBytes;
-  static constexpr int64_t kBeyondCaches = 8 << 20, kShort = 128, kLine = kLanes * kBytes;
-  bool past;
-  Results(void* p, const NormAct& a) : Elements<dtype>(p) {
+struct Lines : Results<dtype> {
+  using Results<dtype>::kBytes;
+  using Results<dtype>::kLine;
+  static constexpr int64_t kBeyondCaches = 8 << 20, kShort = 128;
+  Lines(void* p, const NormAct& a) : Results<dtype>(p, false) {
     bool lines = a.inner == 1 ? a.channels % kLanes == 0 && address(0) % kLine == 0 : a.inner >= kShort;
-    past = lines && address(0) % kBytes == 0 && a.outer * a.channels * a.inner * kBytes > kBeyondCaches;
+    this->past = lines && address(0) % kBytes == 0 && a.outer * a.channels * a.inner * kBytes > kBeyondCaches;
   }
   // Elements from number `at` on before a whole vector can be written past the caches, at most `count`.
   int64_t head(int64_t at, int64_t count) const {
-    int64_t before = past ? (kLine - address(at) % kLine) % kLine / kBytes : 0;
+    int64_t before = this->past ? (kLine - address(at) % kLine) % kLine / kBytes : 0;
     return std::min(before, count);
-  }
-  void set(int64_t at, Vec x, int64_t lanes) const {
-    char* to = const_cast<char*>(this->data) + at * kBytes;
-    if (!past || lanes != kLanes) return write_lanes(dtype, to, x, lanes);
-    if constexpr (dtype == Dtype::float32)
-      stream(to, x);
-    else
-      stream(to, narrow(dtype, x));
-  }
-  void finish() const {
-    if (past) stream_fence();
   }
 
  private:
   int64_t address(int64_t at) const { return int64_t(reinterpret_cast<uintptr_t>(this->data)) + at * kBytes; }
 };
 
-inline Vec get_float(const float* p, int64_t lanes) { return read_lanes(Dtype::float32, p, lanes); }
 // The first `lanes` lanes, the others 0.
 [[gnu::always_inline]] inline Vec only(Vec x, int64_t lanes) {
   if (lanes == kLanes) return x;

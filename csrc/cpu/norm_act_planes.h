@@ -117,7 +117,7 @@ struct Planes {
 
   static void apply(const NormAct& a, const Channels& k, const Task& t) {
     Elements<dtype> input(a.input);
-    Results<dtype> output(a.output, a);
+    Lines<dtype> output(a.output, a);
     for_planes(a, t, output, [&](int64_t c) {
       return [&, norm = norm_of(a, k, c)](int64_t at, int64_t lanes) {
         output.set(at, norm.forward(input.get(at, lanes)), lanes);
@@ -144,7 +144,7 @@ struct Planes {
   static void differentiate(const NormActBackward& b, const Channels& k, const Task& t) {
     const NormAct& a = b.forward;
     Elements<dtype> input(a.input), upstream(b.grad_output);
-    Results<dtype> result(b.grad_input, a);
+    Lines<dtype> result(b.grad_input, a);
     for_planes(a, t, result, [&](int64_t c) {
       Vec offset = broadcast(k.offset[c]), slope = broadcast(k.slope[c]);
       return [&, offset, slope, norm = norm_of(a, k, c)](int64_t at, int64_t lanes) {

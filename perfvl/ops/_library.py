@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,31 +24,33 @@ def bad_type(op: str, argument: str, got: object, expected: str) -> NoReturn:
     raise TypeError(f"{op}: `{argument}` got {got}, expected {expected}")
 
 
-def check_matrix(op: str, argument: str, value: object, query: Tensor | None = None) -> None:
-    """`value` must be a two-dimensional, strided, floating-point tensor, on the device of `query`."""
+def check_floating(op: str, argument: str, value: Any, beside: Tensor | None = None) -> None:
+    """`value` must be a strided, floating-point tensor, on the device of `beside`."""
     if not isinstance(value, Tensor):
         bad_type(op, argument, type(value).__name__, "a torch.Tensor")
     if value.dtype not in FLOATING:
         bad_type(op, argument, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
     if value.layout is not torch.strided:
         bad_type(op, argument, value.layout, "a dense (strided) tensor")
+    if beside is not None and value.device != beside.device:
+        bad_value(op, argument, f"device {value.device}", f"the input's device {beside.device}")
+
+
+def check_matrix(op: str, argument: str, value: Any, query: Tensor | None = None) -> None:
+    """`value` must be a two-dimensional, strided, floating-point tensor, on the device of `query`."""
+    check_floating(op, argument, value)
     if value.dim() != 2:
         bad_value(op, argument, f"shape {tuple(value.shape)}", "2 dimensions")
     if query is not None and value.device != query.device:
         bad_value(op, argument, f"device {value.device}", f"the query's device {query.device}")
 
 
-def check_tensor(op: str, argument: str, value: object, dims: int, beside: Tensor) -> None:
+def check_tensor(op: str, argument: str, value: Any, dims: int, beside: Tensor) -> None:
     """`value` must be a strided, floating-point tensor of `dims` dimensions, of the device and dtype of `beside`.
 
     For operands of one convolution or product: autocast, where it is on, makes the dtypes equal.
     """
-    if not isinstance(value, Tensor):
-        bad_type(op, argument, type(value).__name__, "a torch.Tensor")
-    if value.dtype not in FLOATING:
-        bad_type(op, argument, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
-    if value.layout is not torch.strided:
-        bad_type(op, argument, value.layout, "a dense (strided) tensor")
+    check_floating(op, argument, value)
     if value.dim() != dims:
         bad_value(op, argument, f"shape {tuple(value.shape)}", f"{dims} dimensions")
     if value.device != beside.device:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from perfvl import backends
-from perfvl.ops._library import FLOATING, LIBRARY, bad_type, bad_value, refuse_second_derivative
+from perfvl.ops._library import LIBRARY, bad_type, bad_value, check_floating, refuse_second_derivative
 from perfvl.ops.depthwise_conv import dense, is_channels_last
 from perfvl.reference import activation as reference
 
@@ -61,7 +61,7 @@ def maxout(input: Tensor, pieces: int = 2) -> Tensor:
         return _Maxout.apply(input, pieces)
     if pieces == 2 and input.is_cpu:  # nothing to keep: PyTorch moves as many bytes, and is called sooner
         return torch.maximum(*input.chunk(2, 1))
-    return _as_given(_MAXOUT(_as_images(input), pieces, False)[0], _shape_of_maxout(input, pieces))
+    return as_given(_MAXOUT(as_images(input), pieces, False)[0], _shape_of_maxout(input, pieces))
 
 
 def apl(input: Tensor, slope: Tensor, hinge: Tensor) -> Tensor:
@@ -100,29 +100,18 @@ def apl(input: Tensor, slope: Tensor, hinge: Tensor) -> Tensor:
         return reference.apl(input, slope, hinge)
     if torch.is_grad_enabled() and (input.requires_grad or slope.requires_grad or hinge.requires_grad):
         return _Apl.apply(input, slope, hinge)
-    return _as_given(_APL(_as_images(input), _as_floats(slope), _as_floats(hinge)), input.shape)
+    return as_given(_APL(as_images(input), _as_floats(slope), _as_floats(hinge)), input.shape)
 
 
 def _check_input(op: str, input: Tensor) -> None:
-    _check_tensor(op, "input", input, input)
+    check_floating(op, "input", input)
     if input.dim() < 2:
         bad_value(op, "input", f"shape {tuple(input.shape)}", "at least 2 dimensions, the second of channels")
 
 
-def _check_tensor(op: str, name: str, value: object, input: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        bad_type(op, name, type(value).__name__, "a torch.Tensor")
-    if value.dtype not in FLOATING:
-        bad_type(op, name, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
-    if value.layout is not torch.strided:
-        bad_type(op, name, value.layout, "a dense (strided) tensor")
-    if value.device != input.device:
-        bad_value(op, name, f"device {value.device}", f"the input's device {input.device}")
-
-
 def _check_parameters(input: Tensor, slope: Tensor, hinge: Tensor) -> None:
-    _check_tensor("apl", "slope", slope, input)
-    _check_tensor("apl", "hinge", hinge, input)
+    check_floating("apl", "slope", slope, input)
+    check_floating("apl", "hinge", hinge, input)
     sample = tuple(input.shape[1:])
     if slope.dim() < 2 or len(slope) == 0 or tuple(slope.shape[1:]) not in (sample[:1], sample):
         of_positions = f" or (S, {', '.join(map(str, sample))})" if len(sample) > 1 else ""
@@ -138,7 +127,7 @@ def _has_kernel(input: Tensor) -> bool:
     return backends.choose(input, cuda="triton") != "reference"
 
 
-def _as_images(x: Tensor) -> Tensor:
+def as_images(x: Tensor) -> Tensor:
     """[N, C, ...] as [N, C, H, W], a view where strides allow."""
     dims = x.dim()
     if dims == 4:
@@ -148,14 +137,14 @@ def _as_images(x: Tensor) -> Tensor:
     return x.view(*x.shape, 1, 1) if dims == 2 else x.unsqueeze(2)
 
 
-def _as_given(image: Tensor, shape: Sequence[int]) -> Tensor:
+def as_given(image: Tensor, shape: Sequence[int]) -> Tensor:
     """[N, C, H, W] in the shape of what it was made of."""
     return image if len(shape) == 4 else image.reshape(shape)
 
 
 def _as_floats(parameter: Tensor) -> Tensor:
     """[S, C] as [S, C, 1, 1], [S, C, ...] as [S, C, H, W]."""
-    return _as_images(parameter.float())
+    return as_images(parameter.float())
 
 
 def _shape_of_maxout(input: Tensor, pieces: int) -> tuple[int, ...]:
@@ -167,15 +156,15 @@ class _Maxout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, pieces):
-        output, winner = _MAXOUT(_as_images(input), pieces, True)
+        output, winner = _MAXOUT(as_images(input), pieces, True)
         ctx.save_for_backward(winner)
         ctx.pieces, ctx.shape = pieces, input.shape
-        return _as_given(output, _shape_of_maxout(input, pieces))
+        return as_given(output, _shape_of_maxout(input, pieces))
 
     @staticmethod
     def backward(ctx, grad_output):
         (winner,) = ctx.saved_tensors
-        grad = _as_given(_MAXOUT_BACKWARD(_as_images(grad_output), winner, ctx.pieces), ctx.shape)
+        grad = as_given(_MAXOUT_BACKWARD(as_images(grad_output), winner, ctx.pieces), ctx.shape)
         # The input was not kept: any tensor that requires a gradient makes the gradient's own an error.
         anchor = [grad.new_empty(0).requires_grad_()] if torch.is_grad_enabled() else []
         return *refuse_second_derivative("maxout", [grad], anchor), None
@@ -187,14 +176,14 @@ class _Apl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, slope, hinge):
         ctx.save_for_backward(input, slope, hinge)
-        return _as_given(_APL(_as_images(input), _as_floats(slope), _as_floats(hinge)), input.shape)
+        return as_given(_APL(as_images(input), _as_floats(slope), _as_floats(hinge)), input.shape)
 
     @staticmethod
     def backward(ctx, grad_output):
         input, slope, hinge = ctx.saved_tensors
-        found = _APL_BACKWARD(_as_images(grad_output), _as_images(input), _as_floats(slope), _as_floats(hinge))
+        found = _APL_BACKWARD(as_images(grad_output), as_images(input), _as_floats(slope), _as_floats(hinge))
         grads = [
-            _as_given(grad, t.shape).to(t.dtype) if need else None
+            as_given(grad, t.shape).to(t.dtype) if need else None
             for grad, t, need in zip(found, (input, slope, hinge), ctx.needs_input_grad, strict=True)
         ]
         return tuple(refuse_second_derivative("apl", grads, [input, slope, hinge]))

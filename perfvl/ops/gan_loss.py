@@ -14,11 +14,11 @@ from torch import Tensor
 
 from perfvl import backends
 from perfvl.ops._library import (
-    FLOATING,
     LIBRARY,
     bad_type,
     bad_value,
     check_float,
+    check_floating,
     check_name,
     refuse_second_derivative,
 )
@@ -104,10 +104,7 @@ def _checked(
         bad_value(op, "logits", "no head", "at least one")
     for k, x in enumerate(logits):
         where = f"logits[{k}]"
-        if not isinstance(x, Tensor):
-            bad_type(op, where, type(x).__name__, "a torch.Tensor")
-        if x.dtype not in FLOATING:
-            bad_type(op, where, x.dtype, "a float32, bfloat16, float16 or float64 tensor")
+        check_floating(op, where, x)
         if x.dim() != 1:
             bad_value(op, where, f"shape {tuple(x.shape)}", "1 dimension: one logit for each row")
         if x.dtype != logits[0].dtype:

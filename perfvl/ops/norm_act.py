@@ -18,13 +18,14 @@ from perfvl import backends
 from perfvl.ops._library import (
     FLOATING,
     LIBRARY,
-    bad_type,
     bad_value,
     check_bool,
     check_float,
+    check_floating,
     check_name,
     refuse_second_derivative,
 )
+from perfvl.ops.activation import as_given, as_images
 from perfvl.ops.depthwise_conv import dense, is_channels_last
 from perfvl.reference import norm_act as reference
 from perfvl.reference.norm_act import ACTIVATIONS, CODES
@@ -123,7 +124,7 @@ def run(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
         output = _NormAct.apply(input, *parameters, float(momentum), settings)
     else:
-        output = _as_given(_run(_as_images(input), parameters, float(momentum), settings)[0], input.shape)
+        output = as_given(_run(as_images(input), parameters, float(momentum), settings)[0], input.shape)
     if training:  # the op writes through raw pointers, of which autograd's version counters know nothing
         torch.autograd.graph.increment_version([t for t in running if t is not None])
     return output
@@ -142,7 +143,7 @@ def _check(
     parameter: float,
     order: str,
 ) -> None:
-    _check_tensor("input", input, input)
+    check_floating("norm_act", "input", input)
     if input.dim() < 2:
         bad_value("norm_act", "input", f"shape {tuple(input.shape)}", "at least 2 dimensions, the second of channels")
     check_bool("norm_act", "training", training)
@@ -150,7 +151,7 @@ def _check(
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, value in named.items():
         if value is not None:
-            _check_tensor(name, value, input)
+            check_floating("norm_act", name, value, input)
             if value.shape != (channels,):
                 bad_value("norm_act", name, f"shape {tuple(value.shape)}", f"({channels},)")
     if (running_mean is None) != (running_var is None):
@@ -166,17 +167,6 @@ def _check(
     check_name("norm_act", "order", order, ORDERS)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:  # the text of torch.nn.functional.batch_norm
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
-
-
-def _check_tensor(name: str, value: object, input: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        bad_type("norm_act", name, type(value).__name__, "a torch.Tensor")
-    if value.dtype not in FLOATING:
-        bad_type("norm_act", name, value.dtype, "a float32, bfloat16, float16 or float64 tensor")
-    if value.layout is not torch.strided:
-        bad_type("norm_act", name, value.layout, "a dense (strided) tensor")
-    if value.device != input.device:
-        bad_value("norm_act", name, f"device {value.device}", f"the input's device {input.device}")
 
 
 def runs_fused(input: Tensor, parameters: Sequence[Tensor | None]) -> bool:
@@ -207,21 +197,6 @@ def fits(input: Tensor, channels: int, parameters: Sequence[Tensor | None], *, t
     return same and both and runs_fused(input, parameters)
 
 
-def _as_images(x: Tensor) -> Tensor:
-    """[N, C, ...] as [N, C, H, W], a view where strides allow."""
-    dims = x.dim()
-    if dims == 4:
-        return x
-    if dims > 4:
-        return x.flatten(2, -2)
-    return x.view(*x.shape, 1, 1) if dims == 2 else x.unsqueeze(2)
-
-
-def _as_given(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """[N, C, H, W] in the shape of what it was made of."""
-    return image if len(shape) == 4 else image.reshape(shape)
-
-
 def _run(
     image: Tensor, parameters: Sequence[Tensor | None], momentum: float, settings: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,18 +210,18 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, running_mean, running_var, momentum, settings):
         parameters = (weight, bias, running_mean, running_var)
-        output, mean, variance = _run(_as_images(input), parameters, momentum, settings)
+        output, mean, variance = _run(as_images(input), parameters, momentum, settings)
         ctx.save_for_backward(input, weight, bias, mean, variance)
         ctx.settings = settings
-        return _as_given(output, input.shape)
+        return as_given(output, input.shape)
 
     @staticmethod
     def backward(ctx, grad_output):
         input, weight, bias, mean, variance = ctx.saved_tensors
         need_input, *need_affine = ctx.needs_input_grad[:3]
         found = _BACKWARD(
-            _as_images(grad_output),
-            _as_images(input),
+            as_images(grad_output),
+            as_images(input),
             weight,
             bias,
             mean,
@@ -256,7 +231,7 @@ class _NormAct(torch.autograd.Function):
             any(need_affine),
         )
         grads = [
-            _as_given(found[0], input.shape) if need_input else None,
+            as_given(found[0], input.shape) if need_input else None,
             *(grad if need else None for grad, need in zip(found[1:], need_affine, strict=True)),
         ]
         inputs = [t for t in (input, weight, bias) if t is not None]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from perfvl import backends
 from perfvl.ops._library import (
-    FLOATING,
     LIBRARY,
     bad_type,
     bad_value,
     check_float,
+    check_floating,
     check_name,
     refuse_second_derivative,
 )
@@ -78,12 +78,7 @@ def small_loss_mask(losses: Tensor, keep_rate: Rate, *, candidates: Tensor | Non
         tensor([False,  True,  True, False])
     """
     op = "small_loss_mask"
-    if not isinstance(losses, Tensor):
-        bad_type(op, "losses", type(losses).__name__, "a torch.Tensor")
-    if losses.dtype not in FLOATING:
-        bad_type(op, "losses", losses.dtype, "a float32, bfloat16, float16 or float64 tensor")
-    if losses.layout is not torch.strided:
-        bad_type(op, "losses", losses.layout, "a dense (strided) tensor")
+    check_floating(op, "losses", losses)
     if losses.dim() == 0:
         bad_value(op, "losses", "0 dimensions", "[..., n]")
     _check_rate(op, "keep_rate", keep_rate, losses, losses.shape[:-1])
@@ -368,12 +363,7 @@ def _check(
     sample_ids: Tensor | None,
 ) -> None:
     for name, logits in (("logits1", logits1), ("logits2", logits2)):
-        if not isinstance(logits, Tensor):
-            bad_type(op, name, type(logits).__name__, "a torch.Tensor")
-        if logits.dtype not in FLOATING:
-            bad_type(op, name, logits.dtype, "a float32, bfloat16, float16 or float64 tensor")
-        if logits.layout is not torch.strided:
-            bad_type(op, name, logits.layout, "a dense (strided) tensor")
+        check_floating(op, name, logits)
     shape = logits1.shape
     if len(shape) < 2:
         bad_value(op, "logits1", f"shape {tuple(shape)}", "[..., n, K]")
