@@ -17,7 +17,7 @@ from torch import Tensor
 from perfvl.ops.activation import apl, maxout
 
 from . import activation_peers as peers
-from .workload import Contender, Precision, Step, Tensors, Workload
+from .workload import Contender, Precision, Step, Tensors, Workload, in_layout, step_of
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,23 +61,11 @@ def contender(
     """A function of tensors in its layout. `function` is called in time: it may compile."""
 
     def build(inputs: Tensors) -> Step:
-        held = {
-            name: t.detach().clone(memory_format=memory if t.dim() == 4 else torch.preserve_format)
-            for name, t in inputs.items()
-        }
+        held = in_layout(inputs, memory)
         upstream = held.pop("grad_output")
         leaves = {name: t.requires_grad_(params["backward"]) for name, t in held.items()}
         call = function()
-
-        def step() -> Tensors:
-            if not params["backward"]:
-                with torch.no_grad():
-                    return {"output": call(*leaves.values())}
-            output = call(*leaves.values())
-            grads = torch.autograd.grad(output, list(leaves.values()), upstream.to(output.dtype))
-            return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
-
-        return step
+        return step_of(lambda: call(*leaves.values()), leaves, upstream, params["backward"])
 
     return Contender(build, role=role, **settings)
 

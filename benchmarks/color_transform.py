@@ -19,7 +19,7 @@ from torch import Tensor
 from perfvl.functional import color_transform
 
 from . import color_transform_peers as peers
-from .workload import Contender, Precision, Step, Tensors, Workload
+from .workload import Contender, Precision, Step, Tensors, Workload, in_layout, step_of
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,24 +68,12 @@ def contender(
     """A net with tensors in its layout. `net` is called in time: it may compile."""
 
     def build(inputs: Tensors) -> Step:
-        held = {
-            name: t.detach().clone(memory_format=memory if t.dim() == 4 else torch.preserve_format)
-            for name, t in inputs.items()
-        }
+        held = in_layout(inputs, memory)
         learning = WEIGHTS if params["image"] == "uint8" else ("image", *WEIGHTS)
         leaves = {name: held[name].requires_grad_(params["backward"]) for name in learning}
         arguments = held["image"], *(held[name] for name in WEIGHTS), held["mean"]
         function = net()
-
-        def step() -> Tensors:
-            if not params["backward"]:
-                with torch.no_grad():
-                    return {"output": function(*arguments)}
-            output = function(*arguments)
-            grads = torch.autograd.grad(output, list(leaves.values()), held["grad_output"])
-            return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
-
-        return step
+        return step_of(lambda: function(*arguments), leaves, held["grad_output"], params["backward"])
 
     return Contender(build, role=role, **settings)
 

@@ -22,7 +22,7 @@ from perfvl.functional import conditioned_conv2d
 from perfvl.ops.conditioning import conditioning_augmentation
 
 from . import conditioning_peers as peers
-from .workload import Contender, Precision, Step, Tensors, Workload
+from .workload import Contender, Precision, Step, Tensors, Workload, in_layout, step_of
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,26 +54,14 @@ def contender(
     """A convolution with tensors in its layout. `convolution` is called in time: it may compile."""
 
     def build(inputs: Tensors) -> Step:
-        held = {
-            name: t.detach().clone(memory_format=memory if t.dim() == 4 else torch.preserve_format)
-            for name, t in inputs.items()
-        }
+        held = in_layout(inputs, memory)
         if image_alone:
             held["weight"] = held["weight"][:, : params["C"]].clone(memory_format=memory)
         wanted = ("input", "weight") if image_alone else ("input", "condition", "weight")
         leaves = {name: held[name].requires_grad_(params["backward"]) for name in wanted}
         arguments = held["input"], held["condition"], held["weight"]
         function = convolution()
-
-        def step() -> Tensors:
-            if not params["backward"]:
-                with torch.no_grad():
-                    return {"output": function(*arguments)}
-            output = function(*arguments)
-            grads = torch.autograd.grad(output, list(leaves.values()), held["grad_output"])
-            return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
-
-        return step
+        return step_of(lambda: function(*arguments), leaves, held["grad_output"], params["backward"])
 
     return Contender(build, role=role, **settings)
 

@@ -18,7 +18,7 @@ from torch import nn
 from perfvl.nn import NormAct2d
 
 from . import norm_act_peers as peers
-from .workload import Contender, Precision, Step, Tensors, Workload
+from .workload import Contender, Precision, Step, Tensors, Workload, in_layout, step_of
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,23 +58,11 @@ def contender(
     """A norm with tensors in its layout and statistics of its own. `function` is called in time: it may compile."""
 
     def build(inputs: Tensors) -> Step:
-        held = {
-            name: t.detach().clone(memory_format=memory if t.dim() == 4 else torch.preserve_format)
-            for name, t in inputs.items()
-        }
-        upstream = held.pop("grad_output")
-        leaves = [nn.Parameter(held[name], requires_grad=params["backward"]) for name in LEARNED]
-        running, call = [held[name] for name in peers.STATE[2:]], function()
-
-        def step() -> Tensors:
-            if not params["backward"]:
-                with torch.no_grad():
-                    return {"output": call(*leaves, *running)}
-            output = call(*leaves, *running)
-            grads = torch.autograd.grad(output, leaves, upstream)
-            return {"output": output.detach(), **dict(zip(LEARNED, grads, strict=True))}
-
-        return step
+        held = in_layout(inputs, memory)
+        leaves = {name: nn.Parameter(held[name], requires_grad=params["backward"]) for name in LEARNED}
+        arguments = *leaves.values(), *(held[name] for name in peers.STATE[2:])
+        call = function()
+        return step_of(lambda: call(*arguments), leaves, held["grad_output"], params["backward"])
 
     return Contender(build, role=role, precision=params["dtype"], **settings)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perfvl.functional import max_avg_pool2d
 
-from .workload import Contender, Precision, Step, Tensors, Workload
+from .workload import Contender, Precision, Step, Tensors, Workload, in_layout, step_of
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,19 +64,10 @@ def contender(
     """A pooling with tensors in its layout. `pool` is called in time: it may compile."""
 
     def build(inputs: Tensors) -> Step:
-        x, upstream = (inputs[name].detach().clone(memory_format=memory) for name in ("input", "grad_output"))
-        x.requires_grad_(params["backward"])
+        held = in_layout(inputs, memory)
+        x = held["input"].requires_grad_(params["backward"])
         function, sizes = pool(), windows(params)
-
-        def step() -> Tensors:
-            if not params["backward"]:
-                with torch.no_grad():
-                    return {"output": function(x, *sizes)}
-            output = function(x, *sizes)
-            (grad,) = torch.autograd.grad(output, x, upstream)
-            return {"output": output.detach(), "input": grad}
-
-        return step
+        return step_of(lambda: function(x, *sizes), {"input": x}, held["grad_output"], params["backward"])
 
     return Contender(build, role=role, **settings)
 

@@ -19,7 +19,7 @@ from perfvl.functional import separable_conv2d
 from perfvl.nn.separable_chain import run_chain
 
 from . import separable_conv_peers as peers
-from .workload import Contender, Precision, Step, Tensors, Unavailable, Workload
+from .workload import Contender, Precision, Step, Tensors, Unavailable, Workload, in_layout, step_of
 
 LEAVES = ("input", "depthwise", "pointwise")
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
@@ -49,19 +49,11 @@ def contender(pair: Any, memory: torch.memory_format, backward: bool, role: Any 
     """A pair on tensors in its layout. `pair` is built in time, and is given the contender's own weights."""
 
     def build(inputs: Tensors) -> Step:
-        own = {name: t.detach().clone(memory_format=memory) for name, t in inputs.items()}
-        leaves = [own[name].requires_grad_(backward) for name in LEAVES]
-        function = pair(*leaves[1:])
-
-        def step() -> Tensors:
-            if not backward:
-                with torch.no_grad():
-                    return {"output": function(*leaves)}
-            output = function(*leaves)
-            grads = torch.autograd.grad(output, leaves, own["grad_output"])
-            return {"output": output.detach(), **dict(zip(LEAVES, grads, strict=True))}
-
-        return step
+        own = in_layout(inputs, memory)
+        leaves = {name: own[name].requires_grad_(backward) for name in LEAVES}
+        x, *weights = leaves.values()
+        function = pair(*weights)
+        return step_of(lambda: function(x, *weights), leaves, own["grad_output"], backward)
 
     return Contender(build, role=role, **settings)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from perfvl.nn import UpsampleConv2d
 
 from . import upsample_conv_peers as peers
-from .workload import Contender, Precision, Step, Tensors, Workload
+from .workload import Contender, Precision, Step, Tensors, Workload, in_layout, step_of
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,20 +41,12 @@ def contender(
     """A block with parameters of its own, and tensors in its layout. `block` is called in time: it may compile."""
 
     def build(inputs: Tensors) -> Step:
-        x, upstream = (inputs[name].detach().clone(memory_format=memory) for name in ("input", "grad_output"))
+        held = in_layout(inputs, memory)
+        x = held["input"]
         module = peers.parameters(params["C"], params["O"]).to(x.device, x.dtype).to(memory_format=memory)
         leaves = {"input": x.requires_grad_(params["backward"]), **dict(module.named_parameters())}
         function = block()
-
-        def step() -> Tensors:
-            if not params["backward"]:
-                with torch.no_grad():
-                    return {"output": function(module, x)}
-            output = function(module, x)
-            grads = torch.autograd.grad(output, list(leaves.values()), upstream)
-            return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
-
-        return step
+        return step_of(lambda: function(module, x), leaves, held["grad_output"], params["backward"])
 
     return Contender(build, role=role, **settings)
 

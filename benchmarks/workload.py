@@ -17,6 +17,30 @@ Role = Literal["perfvl", "eager", "peer", "bound"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
+def in_layout(inputs: Tensors, memory: torch.memory_format) -> Tensors:
+    """Copies of a contender's own, images in its layout."""
+    return {
+        name: t.detach().clone(memory_format=memory if t.dim() == 4 else torch.preserve_format)
+        for name, t in inputs.items()
+    }
+
+
+def step_of(
+    call: Callable[[], torch.Tensor], leaves: Mapping[str, torch.Tensor], upstream: torch.Tensor, backward: bool
+) -> Step:
+    """A call, and the gradients of `leaves` where they are wanted: what is timed, and what is compared."""
+
+    def step() -> Tensors:
+        if not backward:
+            with torch.no_grad():
+                return {"output": call()}
+        output = call()
+        grads = torch.autograd.grad(output, list(leaves.values()), upstream.to(output.dtype))
+        return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    return step
+
+
 class Unavailable(Exception):
     """Raised by a contender's ``build`` where it cannot run here; the message is the reason shown to the reader."""
 

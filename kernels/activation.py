@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _tiles
 from ._launch import launch
+from ._layouts import dense, empty, is_channels_last, tile
 from ._tiles import ceil_div, power_of_2
 
 _TILE = 1024  # elements of a program
@@ -75,17 +76,17 @@ def _maxout_backward_kernel(
 
 def maxout(input: Tensor, pieces: int, with_winner: bool) -> tuple[Tensor, Tensor]:
     """The CUDA implementation of `perfvl::maxout`: input [N, pieces * C, H, W] of any strides."""
-    last = _is_channels_last(input)
+    last = is_channels_last(input)
     n, channels, height, width = input.shape
-    output = _empty(last, (n, channels // pieces, height, width), input)
-    winner = _empty(last, output.shape, input, torch.uint8) if with_winner else input.new_empty(0, dtype=torch.uint8)
+    output = empty(last, (n, channels // pieces, height, width), input)
+    winner = empty(last, output.shape, input, torch.uint8) if with_winner else input.new_empty(0, dtype=torch.uint8)
     rows, columns = _rows(output, last)
-    block_r, block_c = _tile(columns, _TILE)
+    block_r, block_c = tile(columns, _TILE)
     with _tiles.on_device(input):
         launch(
             _maxout_kernel,
             (ceil_div(rows, block_r) * ceil_div(columns, block_c),),
-            (_dense(input, last), output, winner),
+            (dense(input, last), output, winner),
             (rows,),
             (columns,),
             4,
@@ -96,16 +97,16 @@ def maxout(input: Tensor, pieces: int, with_winner: bool) -> tuple[Tensor, Tenso
 
 def maxout_backward(grad_output: Tensor, winner: Tensor, pieces: int) -> Tensor:
     """The CUDA implementation of `perfvl::maxout_backward`, in the layout of `winner`."""
-    last = _is_channels_last(winner)
+    last = is_channels_last(winner)
     n, channels, height, width = winner.shape
-    grad_input = _empty(last, (n, pieces * channels, height, width), grad_output)
+    grad_input = empty(last, (n, pieces * channels, height, width), grad_output)
     rows, columns = _rows(winner, last)
-    block_r, block_c = _tile(columns, _TILE)
+    block_r, block_c = tile(columns, _TILE)
     with _tiles.on_device(winner):
         launch(
             _maxout_backward_kernel,
             (ceil_div(rows, block_r) * ceil_div(columns, block_c),),
-            (_dense(grad_output, last), _dense(winner, last), grad_input),
+            (dense(grad_output, last), dense(winner, last), grad_input),
             (rows,),
             (columns,),
             4,
@@ -196,17 +197,17 @@ def _apl_backward_kernel(
 
 def apl(input: Tensor, slope: Tensor, hinge: Tensor) -> Tensor:
     """The CUDA implementation of `perfvl::apl`: input [N, C, H, W], parameters float32 [S, C, 1, 1] or [S, C, H, W]."""
-    last = _is_channels_last(input)
-    output = _empty(last, input.shape, input)
+    last = is_channels_last(input)
+    output = empty(last, input.shape, input)
     outer, parameters, inner = _parameters(input, slope, last)
     across = inner == 1
     rows, columns = (outer, parameters) if across else (outer * parameters, inner)
-    block_r, block_c = _tile(columns, _TILE)
+    block_r, block_c = tile(columns, _TILE)
     with _tiles.on_device(input):
         launch(
             _apl_kernel,
             (ceil_div(rows, block_r) * ceil_div(columns, block_c),),
-            (_dense(input, last), _dense(slope, last), _dense(hinge, last), output),
+            (dense(input, last), dense(slope, last), dense(hinge, last), output),
             (rows,),
             (columns, parameters),
             4,
@@ -217,13 +218,13 @@ def apl(input: Tensor, slope: Tensor, hinge: Tensor) -> Tensor:
 
 def apl_backward(grad_output: Tensor, input: Tensor, slope: Tensor, hinge: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA implementation of `perfvl::apl_backward`: one launch, and two that add the parts' sums."""
-    last, segments = _is_channels_last(input), len(slope)
-    grad_input = _empty(last, input.shape, input)
+    last, segments = is_channels_last(input), len(slope)
+    grad_input = empty(last, input.shape, input)
     outer, parameters, inner = _parameters(input, slope, last)
     across = inner == 1
     block_s = power_of_2(segments)
     # Parameters and sums of an element, 4 BLOCK_S registers, leave room for few elements in a thread.
-    block_o, block_c = _tile(parameters if across else inner, min(_TILE // 2, 2 * _TILE // block_s))
+    block_o, block_c = tile(parameters if across else inner, min(_TILE // 2, 2 * _TILE // block_s))
     blocks = ceil_div(parameters, block_c) if across else parameters
     # As many parts as fill the GPU, of two tiles at least.
     most = ceil_div(8 * _tiles.gpu_limits(input.device).multiprocessors, blocks)
@@ -234,7 +235,7 @@ def apl_backward(grad_output: Tensor, input: Tensor, slope: Tensor, hinge: Tenso
         launch(
             _apl_backward_kernel,
             (blocks, parts),
-            (_dense(grad_output, last), *(_dense(t, last) for t in (input, slope, hinge)), grad_input, sums),
+            (dense(grad_output, last), *(dense(t, last) for t in (input, slope, hinge)), grad_input, sums),
             (outer, height),
             (parameters, inner),
             4,
@@ -244,23 +245,6 @@ def apl_backward(grad_output: Tensor, input: Tensor, slope: Tensor, hinge: Tenso
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """As perfvl.ops.depthwise_conv has it."""
-    return x.shape[1] > 1 and x.stride(1) == 1
-
-
-def _memory(last: bool) -> torch.memory_format:
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _empty(last: bool, shape: tuple[int, ...], beside: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or beside.dtype, device=beside.device, memory_format=_memory(last))
-
-
-def _dense(x: Tensor, last: bool) -> Tensor:
-    return x.contiguous(memory_format=_memory(last))
 
 
 def _rows(output: Tensor, last: bool) -> tuple[int, int]:
@@ -284,9 +268,3 @@ def _as_parameters(found: Tensor, slope: Tensor, last: bool) -> Tensor:
     if last:
         return found.view(segments, height, width, channels).permute(0, 3, 1, 2)
     return found.view(slope.shape)
-
-
-def _tile(columns: int, elements: int) -> tuple[int, int]:
-    """Powers of two: rows and columns of a tile of `elements`, as wide as the columns or the tile, which is less."""
-    width = min(power_of_2(columns), elements)
-    return elements // width, width
