@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "cpu/pooling_blocks.h"
 
@@ -18,16 +19,25 @@ struct Window {
   char *to, *position_to;   // the latter null where positions are not wanted
 };
 
-inline bool any(IntVec mask) {
+inline bool any_nan(Vec x) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+  return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0;
 #elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0;
 #else
-  int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= mask[i];
-  return found != 0;
+  bool found = false;
+  for (int i = 0; i < kLanes; ++i) found |= x[i] != x[i];
+  return found;
 #endif
+}
+
+// f(first channel, lanes) for vectors of channels. How many lanes a whole one has is a constant: reads and writes need
+// not ask.
+template <class F>
+inline void by_vector(int64_t channels, const F& f) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) f(c, std::integral_constant<int64_t, kLanes>{});
+  if (c < channels) f(c, channels - c);
 }
 
 // f(pixel, position) in scan order, but for the first pixel. K: rows and columns, where known.
@@ -42,8 +52,7 @@ void other_pixels(const Window& w, Pointer first, const F& f) {
 // Maximum + average.
 template <class T, class P, bool kPositions, int K>
 void max_average_window(const Window& w, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    int64_t lanes = std::min<int64_t>(kLanes, channels - c);
+  by_vector(channels, [&](int64_t c, auto lanes) {
     const char* first = w.from + c * T::kBytes;
     Vec top = T::read(first, lanes), sum = top;
     IntVec at = w.position + IntVec{};
@@ -56,7 +65,7 @@ void max_average_window(const Window& w, int64_t channels) {
     });
     // A NaN is in the sum, and so in the result. Comparisons pass it over: it is looked for where there is one.
     if constexpr (kPositions) {
-      if (any(sum != sum))
+      if (any_nan(sum))
         other_pixels<0>(w, first, [&](const char* p, int32_t position) {
           Vec x = T::read(p, lanes);
           at = x != x ? position + IntVec{} : at;
@@ -64,14 +73,13 @@ void max_average_window(const Window& w, int64_t channels) {
       P::write(w.position_to + c * P::kBytes, from_bits(at), lanes);
     }
     T::write(w.to + c * T::kBytes, top + sum / w.size, lanes);
-  }
+  });
 }
 
 // Stochastic pooling. `uniform`: a number for each of the first `drawn` channels, null for the expectation.
 template <class T, class P>
 void stochastic_window(const Window& w, int64_t channels, const char* uniform, int64_t step, int64_t drawn) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    int64_t lanes = std::min<int64_t>(kLanes, channels - c);
+  by_vector(channels, [&](int64_t c, auto lanes) {
     const char* first = w.from + c * T::kBytes;
     Vec start = T::read(first, lanes), sum = start, squares = start * start;
     other_pixels<0>(w, first, [&](const char* p, int32_t) {
@@ -81,7 +89,7 @@ void stochastic_window(const Window& w, int64_t channels, const char* uniform, i
     Vec chosen = squares / (sum + std::numeric_limits<float>::min());
     if (uniform) {
       Vec threshold{};
-      for (int64_t i = 0; i < std::min(lanes, drawn - c); ++i)
+      for (int64_t i = 0; i < std::min<int64_t>(lanes, drawn - c); ++i)
         threshold[i] = *reinterpret_cast<const float*>(uniform + (c + i) * step);
       threshold *= sum;
       chosen = start;
@@ -97,7 +105,7 @@ void stochastic_window(const Window& w, int64_t channels, const char* uniform, i
       P::write(w.position_to + c * P::kBytes, from_bits(at), lanes);
     }
     T::write(w.to + c * T::kBytes, chosen, lanes);
-  }
+  });
 }
 
 // Adds the gradient of a window to its pixels, in blocks.
@@ -124,19 +132,21 @@ struct Visit {
 
 // The gradient of a pixel. N: number of windows over it, where known.
 template <class T, class P, bool kAverage, int N>
-void gather(const Visit* visits, int64_t count, char* to, int64_t channels) {
-  int64_t n = N ? N : count;
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    int64_t lanes = std::min<int64_t>(kLanes, channels - c);
+void gather(const Visit* visits, int64_t count, char* __restrict to, int64_t channels) {
+  if constexpr (N > 0) count = N;
+  by_vector(channels, [&](int64_t c, auto lanes) {
     Vec total{};
-    for (int64_t i = 0; i < n; ++i) {
-      Vec g = T::read(visits[i].gradient + c * T::kBytes, lanes);
-      IntVec here = bits(P::read(visits[i].position + c * P::kBytes, lanes)) == visits[i].here;
-      if constexpr (kAverage) total += g * visits[i].share;
-      total += here ? g : Vec{};
+    for (int64_t i = 0; i < count; ++i) {
+      const Visit& v = visits[i];
+      Vec g = T::read(v.gradient + c * T::kBytes, lanes);
+      IntVec here = bits(P::read(v.position + c * P::kBytes, lanes)) == v.here;
+      if constexpr (kAverage)
+        total = fma(g, here ? broadcast(1.f + v.share) : broadcast(v.share), total);
+      else
+        total += here ? g : Vec{};
     }
     T::write(to + c * T::kBytes, total, lanes);
-  }
+  });
 }
 
 }  // namespace PVL_ISA
