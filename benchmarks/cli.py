@@ -11,7 +11,7 @@ import torch
 
 from . import registry, terminal, text
 from .ceilings import measure_ceilings
-from .machine import describe
+from .machine import describe, keep_freed_memory
 from .memory import MemoryProbe
 from .results import Record, document, save, sound
 from .runner import run_workload
@@ -90,6 +90,7 @@ def run(chosen: Sequence[Workload], options: argparse.Namespace) -> Record:
     cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     seconds = options.seconds if options.seconds is not None else 3.0 if options.quick else 8.0
+    kept = keep_freed_memory() if device.type == "cpu" else None
     clock = clock_for(device, cold=not options.warm)
     machine = describe(device)
     if device.type == "cpu" and (machine["load_average"] or 0.0) > 0.5 * machine["cores"]:
@@ -122,5 +123,6 @@ def run(chosen: Sequence[Workload], options: argparse.Namespace) -> Record:
         "seed": options.seed,
         "quick": options.quick,
         "cache": None if not cuda else "warm" if options.warm else "cold",
+        "keeps_freed_memory": kept,
     }
     return document(records, machine=machine, settings=settings, ceilings=ceilings, memory_check=memory_check)

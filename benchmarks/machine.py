@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -33,6 +34,20 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc's malloc keep what this process frees, from now on; False where malloc is another.
+
+    By default malloc returns large blocks to the kernel, which then maps and clears them anew at every call, page by
+    page. Whether it does depends on the sizes that all contenders freed before, so it would be luck which of them pays.
+    Allocators that are usual in training (jemalloc, tcmalloc) keep memory as well.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
 class Interference:

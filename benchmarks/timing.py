@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,16 +38,13 @@ def summary(samples: Sequence[float]) -> dict[str, float | int]:
 
 
 def rounds(names: Sequence[str]) -> Iterator[list[str]]:
-    """Endless running orders. Each starts one contender later, and every other one runs backwards.
+    """Endless running orders, drawn with a fixed seed: no contender has a place or a predecessor of its own.
 
-    Rotation alone would leave each contender with the same predecessor, hence always with the same caches, for ever.
+    What a contender finds in the caches is what the one before it left there.
     """
-    turn = 0
+    draw = random.Random(0)
     while True:
-        start = turn % len(names)
-        order = [*names[start:], *names[:start]]
-        yield order[::-1] if turn % 2 else order
-        turn += 1
+        yield draw.sample(names, len(names))
 
 
 def interleave(
@@ -59,7 +57,7 @@ def interleave(
     max_rounds: int = 200,
     on_round: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, list[float]]:
-    """Times all calls round-robin until ``seconds`` are spent, and returns every sample of every contender.
+    """Times all calls in turn until ``seconds`` are spent, and returns every sample of every contender.
 
     A machine that slows down for a while slows down all contenders of those rounds, so their medians stay comparable.
     """
@@ -71,6 +69,7 @@ def interleave(
     gc.disable()
     try:
         for turn, order in enumerate(rounds(list(calls))):
+            calls[order[-1]]()  # untimed, so that the first finds the machine as the others do: busy with a contender
             for name in order:
                 samples[name].append(clock(calls[name], repeats))
             spent = time.perf_counter() - began
