@@ -96,7 +96,7 @@ def lightly(queue: Tensor, first: int, ids: Tensor | None) -> Ring:
     """The enqueue of lightly's ``MemoryBankModule``, without the clone of the bank that its ``forward`` returns."""
     if ids is not None:
         raise Unavailable("lightly's memory bank keeps no ids")
-    module = imported("lightly.models.modules.memory_bank", "lightly: pip install lightly")
+    module = imported("lightly.models.modules.memory_bank", "lightly: pip install 'perfvl[peers]'")
     bank = module.MemoryBankModule(tuple(queue.shape), feature_dim_first=False)
     bank.bank, bank.bank_ptr = queue, torch.tensor([first], device=queue.device)
     return Ring(lambda keys, _: bank._dequeue_and_enqueue(keys), queue, None)

@@ -10,7 +10,7 @@ import torch
 from .workload import Step, Unavailable, Workload
 
 MODULES = {
-    "info_nce": ("info_nce", "info_nce_overhead"),
+    "info_nce": ("info_nce", "info_nce_step", "info_nce_overhead"),
     "momentum_update": ("momentum_update",),
     "key_queue": ("key_queue",),
     "brivl_step": ("brivl_step",),

@@ -12,6 +12,7 @@ from benchmark_rows import CPU, check_rows, row_of, rows_of
 from perfvl.benchmarks import (
     brivl_step,
     info_nce_peers,
+    info_nce_step,
     key_queue,
     key_queue_peers,
     momentum_update,
@@ -19,6 +20,7 @@ from perfvl.benchmarks import (
     registry,
 )
 from perfvl.benchmarks.workload import Unavailable, Workload, imported
+from swap_support import require
 
 KINDS = [("float32", None), ("bfloat16", None), ("bfloat16", "bfloat16")]
 
@@ -137,6 +139,55 @@ class TestKeyQueue:
         assert rows["perfvl"]["match"]
 
 
+class TestInfoNCEStep:
+    @pytest.fixture
+    def tiny(self) -> Workload:
+        return info_nce_step.workload(4, 64, 32)
+
+    def test_every_contender_gives_the_answer(self, tiny: Workload) -> None:
+        rows = rows_of(tiny)
+        check_rows(rows, {"lightly NTXentLoss"})
+        assert set(rows["eager"]["error"]) == {"loss", "query", "rows"}
+
+    def test_lightly_itself_gives_the_answer(self, tiny: Workload) -> None:
+        require("lightly")
+        assert rows_of(tiny)["lightly NTXentLoss"]["match"]
+
+    def test_the_truth_is_autograd_over_all_logits(self, tiny: Workload) -> None:
+        inputs = tiny.inputs(CPU, seed=3)
+        query, key, queue = (inputs[name].double() for name in ("query0", "positive0", "queue0"))
+        assert (query.norm(dim=1) - 1).abs().min() > 1e-3
+        query.requires_grad_()
+        unit_key = key / key.norm(dim=1, keepdim=True)
+        unit_query = query / query.norm(dim=1, keepdim=True)
+        loss = info_nce_peers.moco_loss(unit_query, unit_key, queue.t(), info_nce_step.TEMPERATURE)
+        loss.backward()
+        truth = tiny.truth(inputs)
+        torch.testing.assert_close(truth, {"loss": loss.detach(), "query": query.grad, "rows": truth["rows"]})
+        torch.testing.assert_close(truth["rows"], torch.cat([unit_key, queue[4:8]]))
+
+    @pytest.mark.parametrize("part", ["loss", "normalise", "enqueue"])
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_a_part_left_out_is_a_wrong_answer(self, tiny: Workload, part: str, precision: str) -> None:
+        def build(queue: torch.Tensor) -> info_nce_step.Parts:
+            whole = info_nce_step.eager(queue)
+            left_out = {
+                "loss": lambda query, key: 2 * whole.forward(query, key),
+                "normalise": lambda query, key: info_nce_peers.moco_loss(query, key, queue.t(), 0.07),
+                "enqueue": whole.forward,
+            }
+            return info_nce_step.Parts(left_out[part], queue if part == "enqueue" else whole.keys)
+
+        row = row_of(tiny, info_nce_step.contender(build, precision=precision))
+        assert (row["status"], row["match"]) == ("ok", False)
+
+    def test_contenders_do_not_share_a_queue(self, tiny: Workload) -> None:
+        inputs = tiny.inputs(CPU, seed=0)
+        before = {name: tensor.clone() for name, tensor in inputs.items()}
+        rows_of(dataclasses.replace(tiny, make=lambda params, generator: inputs))
+        assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items())
+
+
 class TestBriVLStep:
     @pytest.fixture
     def tiny(self) -> Workload:
@@ -205,7 +256,9 @@ class TestRegistry:
         assert all(next(iter(workload.contenders)) == "perfvl" for workload in found.values())
         assert all(workload.contenders["eager"].role == "eager" for workload in found.values())
 
-    @pytest.mark.parametrize("name", ["ema-50x1m-bfloat16-to-bfloat16", "brivl-step-b16-k16384-d2560"])
+    @pytest.mark.parametrize(
+        "name", ["ema-50x1m-bfloat16-to-bfloat16", "brivl-step-b16-k16384-d2560", "moco-step-b256-k65536-d128"]
+    )
     def test_the_small_copy_that_warms_libraries_up_is_right_and_small(self, name: str) -> None:
         (workload,) = registry.workloads(None, name)
         small = workload.shrunk()
