@@ -35,8 +35,9 @@ HEADER = ("workload", "perfvl", "eager", "vs eager", "vs best rival", "memory: p
 def markdown(results: Record) -> str:
     """The table of one recorded run."""
     device_type = results["machine"]["device_type"]
+    kept = "; malloc keeps freed memory" if results["settings"].get("keeps_freed_memory") else ""
     lines = [
-        f"**{text.machine_line(results['machine'])}**; {text.ceilings_line(results['ceilings'])}.",
+        f"**{text.machine_line(results['machine'])}**; {text.ceilings_line(results['ceilings'])}{kept}.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",

@@ -414,6 +414,10 @@ class TestReports:
         assert "(right, slower)" in written, "the rival is the fastest right answer, not the fastest"
         assert tables.main([str(readme), str(tmp_path / "cpu.json")]) == 0
         assert readme.read_text() == written
+        assert "malloc" not in written
+        results.save({**run(toy), "settings": {"keeps_freed_memory": True}}, tmp_path / "cpu.json")
+        assert tables.main([str(readme), str(tmp_path / "cpu.json")]) == 0
+        assert "; malloc keeps freed memory.\n" in readme.read_text()
 
     def test_a_digest_has_a_line_for_each_op_and_counts_what_is_lost(self, toy: Workload, tmp_path: Path) -> None:
         results.save(record := run(toy), tmp_path / "cpu.json")
