@@ -57,6 +57,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
         import matplotlib.figure
+        import matplotlib.ticker
     except ImportError as error:
         raise RuntimeError("the HTML report needs matplotlib: pip install 'perfvl[bench]'") from error
     return matplotlib
@@ -78,7 +79,12 @@ def roofline(results: Record, *, width: float, height: float, salt: str) -> str:
                 if row["role"] in ("perfvl", "eager") and row["match"] and median(row):
                     _draw_point(axes, number, row, intensity, workload["flops"] / median(row))
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1e12:g}")
+        for axis, unit in ((axes.xaxis, 1.0), (axes.yaxis, 1e12)):
+            low, high = axis.get_view_interval()
+            between = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)  # few powers of ten may be no tick at all
+            axis.set_major_locator(matplotlib.ticker.LogLocator(subs=between))
+            axis.set_major_formatter(lambda value, _, unit=unit: f"{value / unit:g}")
+            axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes.grid(True, which="major", color="#e6e9ef", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower right", frameon=False, fontsize=9)

@@ -33,7 +33,7 @@ tr.wrong td { color: var(--bad); }
 
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 28px; }
 .bar {
-  display: grid; grid-template-columns: 10.5em 1fr 6em; gap: 8px; align-items: center;
+  display: grid; grid-template-columns: 12em 1fr 6em; gap: 8px; align-items: center;
   margin: 3px 0; font-size: 13px;
 }
 .who { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
