@@ -157,7 +157,7 @@ def ninja_file(rules: dict[str, str], edges: list[tuple[Path, str, Path, str]], 
 def cpu_rules(torch: Path, work: Path) -> str:
     # No -ffast-math: gcc < 13 would link crtfastmath and flush denormals to zero in the whole process.
     common = (
-        "-std=c++20 -O3 -fPIC -g1 -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
+        "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
         "-Wall -Wextra -Wno-maybe-uninitialized -Icsrc"
     )
     rules = {
