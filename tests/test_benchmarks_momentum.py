@@ -171,15 +171,21 @@ class TestInfoNCEStep:
     def test_a_part_left_out_is_a_wrong_answer(self, tiny: Workload, part: str, precision: str) -> None:
         def build(queue: torch.Tensor) -> info_nce_step.Parts:
             whole = info_nce_step.eager(queue)
+
+            def unnormalised(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                whole.forward(query.detach(), key)  # the keys are enqueued as they should be
+                return info_nce_peers.moco_loss(query, key, queue.t(), info_nce_step.TEMPERATURE)
+
             left_out = {
                 "loss": lambda query, key: 2 * whole.forward(query, key),
-                "normalise": lambda query, key: info_nce_peers.moco_loss(query, key, queue.t(), 0.07),
+                "normalise": unnormalised,
                 "enqueue": whole.forward,
             }
             return info_nce_step.Parts(left_out[part], queue if part == "enqueue" else whole.keys)
 
         row = row_of(tiny, info_nce_step.contender(build, precision=precision))
         assert (row["status"], row["match"]) == ("ok", False)
+        assert (row["error"]["rows"]["relative"] < 1e-5) == (part != "enqueue")
 
     def test_contenders_do_not_share_a_queue(self, tiny: Workload) -> None:
         inputs = tiny.inputs(CPU, seed=0)
