@@ -13,8 +13,8 @@ from .results import Record, Row, best_peer, eager_row, first_perfvl_row, median
 
 METHOD = """All contenders of a workload run in one process, one after another in random order, on the same tensors
 and with gradients cleared the same way; medians with 20th and 80th percentiles. On the CPU glibc's malloc keeps freed
-memory meanwhile, as jemalloc and tcmalloc do, so that no contender pays for pages that another one gave back. Memory on the
-CPU is the peak of the resident set of a fresh process beyond the inputs; on CUDA it is the peak of torch's
+memory meanwhile, as jemalloc and tcmalloc do, so that no contender pays for pages that another one gave back. Memory
+on the CPU is the peak of the resident set of a fresh process beyond the inputs; on CUDA it is the peak of torch's
 allocator."""
 
 
