@@ -83,7 +83,7 @@ void apl_columns(const Apl& a, const Task& t) {
       int64_t start = row * a.parameters + t.first + i;
       Vec x[rows], y[rows];
       for (int64_t r = 0; r < rows; ++r) {
-        x[r] = input.get_ahead(start + r * a.parameters, lanes);
+        x[r] = input.get_ahead(start + r * a.parameters, lanes, rows * a.parameters);
         y[r] = max(Vec{}, x[r]);
       }
       for (int64_t s = 0, at = t.first + i; s < a.segments; ++s, at += a.parameters) {
@@ -170,8 +170,9 @@ void columns_backward(const AplBackward& b, const Task& t, float* sums) {
     for_vectors(count, [&](int64_t i, int64_t lanes) {
       Segments<S> own = columns[i / kLanes];
       for (int64_t r = 0; r < rows; ++r) {
-        int64_t at = (row + r) * a.parameters + t.first + i;
-        result.set(at, own.differentiate(input.get_ahead(at, lanes), upstream.get_ahead(at, lanes)), lanes);
+        int64_t at = (row + r) * a.parameters + t.first + i, ahead = rows * a.parameters;
+        Vec x = input.get_ahead(at, lanes, ahead), grad = upstream.get_ahead(at, lanes, ahead);
+        result.set(at, own.differentiate(x, grad), lanes);
       }
       columns[i / kLanes].keep(own);
     });

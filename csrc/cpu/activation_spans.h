@@ -29,13 +29,14 @@ template <int64_t kMany, class F>
 // The elements of one dtype, from number `at` on.
 template <Dtype dtype>
 struct Elements {
-  static constexpr int64_t kBytes = dtype == Dtype::float32 ? 4 : 2, kAhead = 1536;
+  static constexpr int64_t kBytes = dtype == Dtype::float32 ? 4 : 2;
   const char* data;
   explicit Elements(const void* p) : data(static_cast<const char*>(p)) {}
   Vec get(int64_t at, int64_t lanes) const { return read_lanes(dtype, data + at * kBytes, lanes); }
-  // Of rows read side by side: asks for what comes next, for the processor follows few of them by itself.
-  Vec get_ahead(int64_t at, int64_t lanes) const {
-    __builtin_prefetch(data + at * kBytes + kAhead);
+  // Of rows read side by side, which the processor follows badly: asks for what is `ahead` elements further, in the
+  // next rows. What is nearer is in these rows, and read by now.
+  Vec get_ahead(int64_t at, int64_t lanes, int64_t ahead) const {
+    __builtin_prefetch(data + (at + ahead) * kBytes);
     return get(at, lanes);
   }
 };

@@ -37,7 +37,11 @@ inline Vec read_lanes(Dtype dtype, const void* p, int64_t lanes) {
   if (lanes == kLanes) {
     h = load<HalfVec>(static_cast<const uint16_t*>(p));
   } else {
+#if defined(__AVX512F__)
+    h = (HalfVec)_mm256_maskz_loadu_epi16(__mmask16((1u << lanes) - 1), p);
+#else
     for (int64_t i = 0; i < lanes; ++i) h[i] = static_cast<const uint16_t*>(p)[i];
+#endif
   }
   return dtype == Dtype::bfloat16 ? widen_bfloat(h) : widen_half(h);
 }
@@ -71,7 +75,11 @@ inline void write_lanes(Dtype dtype, void* p, Vec x, int64_t lanes) {
   }
   HalfVec h = narrow(dtype, x);
   if (lanes == kLanes) return store(static_cast<uint16_t*>(p), h);
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << lanes) - 1), (__m256i)h);
+#else
   for (int64_t i = 0; i < lanes; ++i) static_cast<uint16_t*>(p)[i] = h[i];
+#endif
 }
 
 // Channels [c, c + lanes) of the pixel at `p`.

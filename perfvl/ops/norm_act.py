@@ -26,15 +26,14 @@ from perfvl.ops._library import (
     refuse_second_derivative,
 )
 from perfvl.ops.activation import as_given, as_images
-from perfvl.ops.depthwise_conv import dense, is_channels_last
+from perfvl.ops.depthwise_conv import dense
 from perfvl.reference import norm_act as reference
 from perfvl.reference.norm_act import ACTIVATIONS, CODES
 
 ORDERS = ("before", "after")
-_FEW = 2**16  # elements of a layer's input: below, a call costs more than the passes it saves
-# Up to here, and in inference, PyTorch's norm and an activation in place are the faster way where the norm is good:
-# in channels_last, in 16 bits, and by running statistics.
-_CHEAP, _FEW_CHEAP = ("identity", "relu", "leaky_relu"), 2**21
+# Elements of a layer's input: below, a call costs more than the passes it saves. Many where it saves a single pass, for
+# the norm is alone, or by running statistics and the activation simple and in place.
+_FEW, _MANY = 2**16, 2**18
 
 
 def norm_act(
@@ -178,14 +177,13 @@ def runs_fused(input: Tensor, parameters: Sequence[Tensor | None]) -> bool:
 
 
 def pays(input: Tensor, activation: str, order: str, *, training: bool) -> bool:
-    """Whether the op on an image is faster than PyTorch's layers: by size, layout and dtype alone."""
-    size = input.numel()
-    if input.dim() != 4 or size < _FEW or input.layout is not torch.strided:
+    """Whether the op on an image is faster than PyTorch's layers: by size and layout alone."""
+    if input.dim() != 4 or input.layout is not torch.strided:
         return False
-    if input.is_cuda or order == "after" or activation not in _CHEAP:
-        return True
-    good = not training or is_channels_last(input) or input.dtype != torch.float32
-    return not good or (size >= _FEW_CHEAP and torch.is_grad_enabled())
+    if activation == "identity" and not training and not input.is_cuda:
+        return False  # a pass either way
+    one = activation == "identity" or (not training and order == "before" and activation in ("relu", "leaky_relu"))
+    return input.numel() >= (_MANY if one and not input.is_cuda else _FEW)
 
 
 def fits(input: Tensor, channels: int, parameters: Sequence[Tensor | None], *, training: bool) -> bool:
