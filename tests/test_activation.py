@@ -114,6 +114,17 @@ def test_nan_reaches_its_output_alone():
     assert maxout(x).isnan().nonzero().tolist() == [[1, 2, 2, 3]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(3, 10, 7, 5), (2, 82, 41, 53)], ids=str)  # few elements, and enough for the kernel
+def test_without_gradients_the_larger_of_two_pieces_is_that_of_pytorch(shape, memory, dtype):
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory)
+    x[1, 3, 2, 1] = x[0, 9, 1, 1] = torch.nan
+    found, expected = maxout(x), torch.maximum(*x.chunk(2, 1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.is_contiguous(memory_format=memory)
+
+
 def test_one_layer_of_double_width_is_two_layers_and_a_maximum():
     first, second, both = (nn.Conv2d(3, out, 3) for out in (5, 5, 10))
     with torch.no_grad():

@@ -14,10 +14,11 @@ namespace perfvl {
 namespace PVL_ISA {
 namespace {
 
-// Rows that share what is read of their parameters, and in backward what is written of their sums.
-constexpr int64_t kRows = 4, kRowsBackward = 8;
+// Rows that share what is read of their parameters, and in backward what is written of their sums. More are more places
+// in memory at a time than the processor reads ahead of.
+constexpr int64_t kRows = 4;
 
-// A block of parameters and a part of `outer` are a task; in backward it leaves its sums in [parts][2 S][parameters].
+// A block of parameters and a part of `outer` are a task; in backward it leaves its sums where `Sums` says.
 struct Tasks {
   explicit Tasks(const Apl& a) {
     constexpr int64_t kMostTasks = 64, kElements = 4096;
@@ -83,7 +84,7 @@ void apl_columns(const Apl& a, const Task& t) {
       int64_t start = row * a.parameters + t.first + i;
       Vec x[rows], y[rows];
       for (int64_t r = 0; r < rows; ++r) {
-        x[r] = input.get_ahead(start + r * a.parameters, lanes, rows * a.parameters);
+        x[r] = input.get_ahead(start + r * a.parameters, lanes, rows, a.parameters);
         y[r] = max(Vec{}, x[r]);
       }
       for (int64_t s = 0, at = t.first + i; s < a.segments; ++s, at += a.parameters) {
@@ -95,6 +96,11 @@ void apl_columns(const Apl& a, const Task& t) {
   });
   output.finish();
 }
+
+// Where a task writes the gradients of its parameters, [S, parameters]: its part of them.
+struct Sums {
+  float *slope, *hinge;
+};
 
 // Parameters of a vector of elements, and what these add to the gradients: of the slopes, and of the hinges but for the
 // factor slope.
@@ -121,9 +127,8 @@ struct Segments {
   }
 };
 
-// To a dense row of each: by_slope [S], then by_hinge.
 template <int S, Dtype dtype>
-void planes_backward(const AplBackward& b, const Task& t, float* sums) {
+void planes_backward(const AplBackward& b, const Task& t, const Sums& sums) {
   const Apl& a = b.forward;
   Elements<dtype> input(a.input), upstream(b.grad_output);
   Results<dtype> result = results_of<dtype>(b.grad_input, a);
@@ -146,13 +151,14 @@ void planes_backward(const AplBackward& b, const Task& t, float* sums) {
     }
   for (int64_t p = t.first; p < t.last; ++p)
     for (int s = 0; s < S; ++s) {
-      sums[s * a.parameters + p] = sum(total[p - t.first].by_slope[s]);
-      sums[(S + s) * a.parameters + p] = sum(total[p - t.first].by_hinge[s]);
+      int64_t at = s * a.parameters + p;
+      sums.slope[at] = sum(total[p - t.first].by_slope[s]);
+      sums.hinge[at] = sum(total[p - t.first].by_hinge[s]) * a.slope[at];
     }
 }
 
 template <int S, Dtype dtype>
-void columns_backward(const AplBackward& b, const Task& t, float* sums) {
+void columns_backward(const AplBackward& b, const Task& t, const Sums& sums) {
   const Apl& a = b.forward;
   Elements<dtype> input(a.input), upstream(b.grad_output);
   Results<dtype> result = results_of<dtype>(b.grad_input, a);
@@ -166,12 +172,13 @@ void columns_backward(const AplBackward& b, const Task& t, float* sums) {
       own.by_slope[s] = own.by_hinge[s] = Vec{};
     }
   });
-  for_rows<kRowsBackward>(t.begin, t.end, [&](int64_t row, auto rows) {
+  for_rows<kRows>(t.begin, t.end, [&](int64_t row, auto rows) {
     for_vectors(count, [&](int64_t i, int64_t lanes) {
       Segments<S> own = columns[i / kLanes];
       for (int64_t r = 0; r < rows; ++r) {
-        int64_t at = (row + r) * a.parameters + t.first + i, ahead = rows * a.parameters;
-        Vec x = input.get_ahead(at, lanes, ahead), grad = upstream.get_ahead(at, lanes, ahead);
+        int64_t at = (row + r) * a.parameters + t.first + i;
+        Vec x = input.get_ahead(at, lanes, rows, a.parameters);
+        Vec grad = upstream.get_ahead(at, lanes, rows, a.parameters);
         result.set(at, own.differentiate(x, grad), lanes);
       }
       columns[i / kLanes].keep(own);
@@ -180,9 +187,10 @@ void columns_backward(const AplBackward& b, const Task& t, float* sums) {
   result.finish();
   for_vectors(count, [&](int64_t i, int64_t lanes) {
     for (int s = 0; s < S; ++s) {
-      float* to = sums + s * a.parameters + t.first + i;
-      write_lanes(Dtype::float32, to, columns[i / kLanes].by_slope[s], lanes);
-      write_lanes(Dtype::float32, to + S * a.parameters, columns[i / kLanes].by_hinge[s], lanes);
+      const Segments<S>& own = columns[i / kLanes];
+      int64_t at = s * a.parameters + t.first + i;
+      write_lanes(Dtype::float32, sums.slope + at, own.by_slope[s], lanes);
+      write_lanes(Dtype::float32, sums.hinge + at, own.by_hinge[s] * own.slope[s], lanes);
     }
   });
 }

@@ -58,7 +58,7 @@ template <class V>
   std::memcpy(p, &v, lanes == kLanes ? sizeof v : size_t(lanes) * (sizeof v / kLanes));
 }
 
-template <Dtype dtype>
+template <Dtype dtype, bool kWinner>
 void maxout_of(const Maxout& m, const Host& host) {
   using Element = typename Raw<dtype>::Element;
   using Lanes = typename Raw<dtype>::Lanes;
@@ -69,7 +69,7 @@ void maxout_of(const Maxout& m, const Host& host) {
   for_spans(m.rows, m.columns, host, [&](int64_t row, int64_t first, int64_t count) {
     const Element* from = static_cast<const Element*>(m.input) + row * m.pieces * m.columns + first;
     Element* to = static_cast<Element*>(m.output) + row * m.columns + first;
-    uint8_t* winner = m.winner ? m.winner + row * m.columns + first : nullptr;
+    uint8_t* winner = m.winner + (kWinner ? row * m.columns + first : 0);
     for_vectors(count, [&](int64_t i, int64_t lanes) {
       for (int64_t p = 0; p < m.pieces; ++p) __builtin_prefetch(from + p * m.columns + i + ahead);
       Lanes best = load_some<Lanes>(from + i, lanes);
@@ -82,10 +82,10 @@ void maxout_of(const Maxout& m, const Host& host) {
         Lanes chosen = __builtin_convertvector(wins, Lanes);
         best = (other & chosen) | (best & ~chosen);
         largest = select(wins, value, largest);
-        piece = wins ? IntVec{} + int32_t(p) : piece;
+        if constexpr (kWinner) piece = wins ? IntVec{} + int32_t(p) : piece;
       }
       store_some(to + i, best, lanes);
-      if (winner) store_some(winner + i, __builtin_convertvector(piece, ByteVec), lanes);
+      if constexpr (kWinner) store_some(winner + i, __builtin_convertvector(piece, ByteVec), lanes);
     });
   });
 }

@@ -33,9 +33,11 @@ struct Elements {
   const char* data;
   explicit Elements(const void* p) : data(static_cast<const char*>(p)) {}
   Vec get(int64_t at, int64_t lanes) const { return read_lanes(dtype, data + at * kBytes, lanes); }
-  // Of rows read side by side, which the processor follows badly: asks for what is `ahead` elements further, in the
-  // next rows. What is nearer is in these rows, and read by now.
-  Vec get_ahead(int64_t at, int64_t lanes, int64_t ahead) const {
+  // Of `rows` rows read side by side, `stride` apart, which the processor follows badly: asks for what is ahead. That
+  // is in the next rows where these are short, for what is nearer is read by now.
+  Vec get_ahead(int64_t at, int64_t lanes, int64_t rows, int64_t stride) const {
+    constexpr int64_t kShort = 16384 / kBytes, kAhead = 1536 / kBytes;
+    int64_t next = rows * stride, ahead = next <= kShort ? next : kAhead;
     __builtin_prefetch(data + (at + ahead) * kBytes);
     return get(at, lanes);
   }

@@ -27,7 +27,8 @@ void with_dtype(Dtype dtype, const F& f) {
 }
 
 void maxout(const Maxout& m, const Host& host) {
-  with_dtype(m.dtype, [&](auto dtype) { maxout_of<dtype>(m, host); });
+  with_dtype(m.dtype,
+             [&](auto dtype) { m.winner ? maxout_of<dtype, true>(m, host) : maxout_of<dtype, false>(m, host); });
 }
 void maxout_backward(const MaxoutBackward& m, const Host& host) {
   with_dtype(m.dtype, [&](auto dtype) { maxout_backward_of<dtype>(m, host); });
@@ -43,18 +44,19 @@ void apl_output(const Apl& a, const Host& host) {
 }
 
 template <int S, Dtype dtype>
-void apl_sums(const AplBackward& b, const Tasks& tasks, float* sums, const Host& host) {
+void apl_sums(const AplBackward& b, const Tasks& tasks, const Sums& sums, const Host& host) {
   const Apl& a = b.forward;
   host.parallel(tasks.parts * tasks.blocks, [&](int64_t i) {
     Task task(a, tasks, i);
-    float* own = sums + task.part * 2 * S * a.parameters;
+    int64_t before = task.part * S * a.parameters;
+    Sums own{sums.slope + before, sums.hinge + before};
     tasks.across ? columns_backward<S, dtype>(b, task, own) : planes_backward<S, dtype>(b, task, own);
   });
 }
 
 struct BySegments {
   void (*output)(const Apl&, const Host&);
-  void (*sums)(const AplBackward&, const Tasks&, float*, const Host&);
+  void (*sums)(const AplBackward&, const Tasks&, const Sums&, const Host&);
 };
 template <Dtype dtype, int... S>
 constexpr std::array<BySegments, kMostSegments> by_segments(std::integer_sequence<int, S...>) {
@@ -73,24 +75,27 @@ void apl(const Apl& a, const Host& host) { kernels_of(a).output(a, host); }
 
 int64_t apl_backward_scratch_bytes(const AplBackward& b) {
   const Apl& a = b.forward;
-  return round_up(Tasks(a).parts * 2 * a.segments * a.parameters * int64_t(sizeof(float)), 64);
+  int64_t parts = Tasks(a).parts;
+  return parts == 1 ? 0 : round_up(parts * 2 * a.segments * a.parameters * int64_t(sizeof(float)), 64);
 }
 
 void apl_backward(const AplBackward& b, void* scratch, const Host& host) {
   const Apl& a = b.forward;
   Tasks tasks(a);
-  float* sums = static_cast<float*>(scratch);
-  kernels_of(a).sums(b, tasks, sums, host);
-  // The parts' sums, in their order.
+  if (tasks.parts == 1) return kernels_of(a).sums(b, tasks, {b.grad_slope, b.grad_hinge}, host);
   int64_t wanted = a.segments * a.parameters;
+  float* slope = static_cast<float*>(scratch);
+  float* hinge = slope + tasks.parts * wanted;
+  kernels_of(a).sums(b, tasks, {slope, hinge}, host);
+  // The parts' sums, in their order.
   host.parallel(ceil_div(wanted, kGrain), [&](int64_t task) {
     int64_t begin = task * kGrain, end = std::min(wanted, begin + kGrain);
-    for (int64_t i = begin; i < end; ++i) b.grad_slope[i] = sums[i], b.grad_hinge[i] = sums[wanted + i];
-    for (int64_t part = 1; part < tasks.parts; ++part) {
-      const float* from = sums + part * 2 * wanted;
-      for (int64_t i = begin; i < end; ++i) b.grad_slope[i] += from[i], b.grad_hinge[i] += from[wanted + i];
-    }
-    for (int64_t i = begin; i < end; ++i) b.grad_hinge[i] *= a.slope[i];
+    for (int64_t i = begin; i < end; ++i) b.grad_slope[i] = slope[i], b.grad_hinge[i] = hinge[i];
+    for (int64_t part = 1; part < tasks.parts; ++part)
+      for (int64_t i = begin; i < end; ++i) {
+        b.grad_slope[i] += slope[part * wanted + i];
+        b.grad_hinge[i] += hinge[part * wanted + i];
+      }
   });
 }
 

@@ -80,7 +80,7 @@ struct Columns {
         [&](int64_t row, auto rows, int64_t i, int64_t lanes, Pair& sums) {
           Vec from = get_float(near + i, lanes);
           for (int64_t r = 0; r < rows; ++r) {
-            Vec x = input.get_ahead((row + r) * a.channels + t.first + i, lanes, rows * a.channels);
+            Vec x = input.get_ahead((row + r) * a.channels + t.first + i, lanes, rows, a.channels);
             Vec distance = N::seen(act, x) - from;
             sums.first += distance, sums.second = fma(distance, distance, sums.second);
           }
@@ -100,7 +100,7 @@ struct Columns {
     for_columns(a, t, [&](int64_t at, int64_t c, int64_t lanes, auto rows) {
       N norm = norm_of(a, k, c, lanes);
       for (int64_t r = 0; r < rows; ++r, at += a.channels)
-        output.set(at, norm.forward(input.get_ahead(at, lanes, rows * a.channels)), lanes);
+        output.set(at, norm.forward(input.get_ahead(at, lanes, rows, a.channels)), lanes);
     });
     output.finish();
   }
@@ -116,8 +116,10 @@ struct Columns {
         [&](int64_t row, auto rows, int64_t i, int64_t lanes, Pair& sums) {
           N norm = norm_of(a, k, t.first + i, lanes);
           for (int64_t r = 0; r < rows; ++r) {
-            int64_t at = (row + r) * a.channels + t.first + i, ahead = rows * a.channels;
-            auto terms = norm.terms(input.get_ahead(at, lanes, ahead), upstream.get_ahead(at, lanes, ahead));
+            int64_t at = (row + r) * a.channels + t.first + i;
+            Vec x = input.get_ahead(at, lanes, rows, a.channels),
+                grad = upstream.get_ahead(at, lanes, rows, a.channels);
+            auto terms = norm.terms(x, grad);
             sums.first += terms.grad, sums.second = fma(terms.grad, terms.distance, sums.second);
           }
         },
@@ -134,8 +136,7 @@ struct Columns {
       N norm = norm_of(a, k, c, lanes);
       Vec offset = get_float(k.offset + c, lanes), slope = get_float(k.slope + c, lanes);
       for (int64_t r = 0; r < rows; ++r, at += a.channels) {
-        int64_t ahead = rows * a.channels;
-        Vec x = input.get_ahead(at, lanes, ahead), grad = upstream.get_ahead(at, lanes, ahead);
+        Vec x = input.get_ahead(at, lanes, rows, a.channels), grad = upstream.get_ahead(at, lanes, rows, a.channels);
         result.set(at, norm.backward(x, grad, offset, slope, !a.training), lanes);
       }
     });
