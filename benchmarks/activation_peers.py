@@ -42,5 +42,4 @@ def sum_of_hinges(input: Tensor, slope: Tensor, hinge: Tensor) -> Tensor:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` with its defaults."""
-    torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -88,7 +88,6 @@ def eager(*, clone: bool = True, autocast: bool = False) -> Build:
 
 def compiled(queues: list[Tensor], targets: list[Tensor], sources: list[Tensor]) -> Parts:
     """``torch.compile`` of both losses over queues that are not cloned; the rest as in eager."""
-    torch.compiler.reset()
     rings = [key_queue_peers.moco(queue, 0, None) for queue in queues]
     columns = [ring.keys.t() for ring in rings]
     compiled_loss = torch.compile(two_way, fullgraph=True, dynamic=False)

@@ -26,5 +26,4 @@ def eager(image: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2:
 
 def compiled(net: Net) -> Net:
     """``torch.compile`` with its defaults."""
-    torch.compiler.reset()
     return torch.compile(net, fullgraph=True, dynamic=False)

@@ -38,7 +38,6 @@ def augmentation(text: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> tup
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` with its defaults."""
-    torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

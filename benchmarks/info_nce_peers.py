@@ -53,7 +53,6 @@ def under_autocast(loss: Loss) -> Loss:
 
 def compiled(queue: Tensor, temperature: float) -> Loss:
     """``torch.compile`` of MoCo's eager code."""
-    torch.compiler.reset()
     return torch.compile(eager(queue, temperature), fullgraph=True, dynamic=False)
 
 

@@ -85,9 +85,14 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """The processor's name with its family and model: cloud machines of several generations have the same name."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    text = info.read_text() if info.exists() else ""
+    lines = (re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model"))
+    name, *numbers = (line.group(1).strip() if line else None for line in lines)
+    if name is None:
+        return platform.processor() or platform.machine()
+    return f"{name} (family {numbers[0]}, model {numbers[1]})" if all(numbers) else name
 
 
 def _commit() -> str | None:

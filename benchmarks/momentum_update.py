@@ -71,7 +71,6 @@ def then_copied(build: peers.Build) -> BuildWithCopies:
 
 def compiled(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor], momentum: float) -> peers.Update:
     """``torch.compile`` of cast, lerp and write-out: one fused loop per tensor."""
-    torch.compiler.reset()
 
     @functools.partial(torch.compile, fullgraph=True, dynamic=False)
     def move(targets: list[Tensor], sources: list[Tensor], copies: list[Tensor]) -> None:

@@ -26,8 +26,6 @@ def two_layers(channels: int, activation: str, order: str) -> nn.Sequential:
 def with_state(module: nn.Module, *, compiles: bool = False) -> NormAct:
     """A layer as a function of its norm's parameters and statistics, which it takes over when first called."""
     norm = next(m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
-    if compiles:
-        torch.compiler.reset()
     run = torch.compile(module, fullgraph=True, dynamic=False) if compiles else module
 
     def call(x: Tensor, *state: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ def eager(input: Tensor, kernel_size: int, stride: int, padding: int, ceil_mode:
 
 def compiled() -> Pool:
     """``torch.compile`` with its defaults."""
-    torch.compiler.reset()
     return torch.compile(eager, fullgraph=True, dynamic=False)
 
 

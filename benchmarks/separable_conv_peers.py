@@ -41,7 +41,6 @@ def through_channels_last(pair: Pair) -> Pair:
 
 def compiled(pair: Pair) -> Pair:
     """``torch.compile`` with its defaults."""
-    torch.compiler.reset()
     return torch.compile(pair, fullgraph=True, dynamic=False)
 
 
@@ -59,7 +58,6 @@ class PairModule(nn.Module):
 
 def frozen(module: nn.Module) -> nn.Module:
     """``torch.compile`` for inference: all it can tune, weights as constants (batch norms folded into them)."""
-    torch.compiler.reset()
     options = {**torch._inductor.list_mode_options("max-autotune"), "freezing": True}
     return torch.compile(module.eval(), fullgraph=True, dynamic=False, options=options)
 

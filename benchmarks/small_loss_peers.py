@@ -129,5 +129,4 @@ def without_selection(logits1: Tensor, logits2: Tensor, labels: Tensor, forget_r
 
 def compiled(method: str) -> Loss:
     """``torch.compile`` of the version without syncs."""
-    torch.compiler.reset()
     return torch.compile(sync_free(method), fullgraph=True, dynamic=False)

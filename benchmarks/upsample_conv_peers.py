@@ -53,7 +53,6 @@ def transposed(block: UpsampleConv2d, input: Tensor) -> Tensor:
 
 def compiled(block: Block) -> Block:
     """``torch.compile`` with its defaults."""
-    torch.compiler.reset()
     return torch.compile(block, fullgraph=True, dynamic=False)
 
 

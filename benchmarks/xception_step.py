@@ -64,7 +64,6 @@ def swapped() -> nn.Module:
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """``torch.compile`` with its defaults."""
-    torch.compiler.reset()
     return torch.compile(model, dynamic=False)
 
 
