@@ -166,7 +166,10 @@ def cpu_rules(torch: Path, work: Path) -> str:
     }
     levels = isa_levels()
     have = " ".join(f"-DPVL_HAVE_{level}" for level in levels)
-    edges = [(work / "ops.o", "cxx", ROOT / "csrc/ops.cpp", f"{torch_flags(torch)} {have}")]
+    edges = [
+        (work / f"{source.stem}.o", "cxx", source, f"{torch_flags(torch)} {have}")
+        for source in sorted((ROOT / "csrc/ops").glob("*.cpp"))
+    ]
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         for isa, flags in levels.items():
             edges.append((work / f"{source.stem}.{isa}.o", "cxx", source, f"-DPVL_ISA={isa} {flags}"))

@@ -1,4 +1,5 @@
-// Tensors on libtorch's stable ABI, as the kernels see them. For the two files that know torch.
+// Tensors on libtorch's stable ABI, as the kernels see them. For the files that know torch: csrc/ops
+// and csrc/cuda/ops.cpp.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
