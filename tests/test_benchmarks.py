@@ -187,6 +187,24 @@ class TestRunner:
         assert (rows["failing"]["status"], rows["failing"]["reason"]) == ("failed", "RuntimeError: illegal instruction")
         assert rows["perfvl"]["seconds"]["median"] < rows["eager"]["seconds"]["median"]
 
+    def test_versions_that_dynamo_counts_are_those_of_the_workload(
+        self, toy: Workload, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        did: list[str] = []
+        monkeypatch.setattr(torch.compiler, "reset", lambda: did.append("reset"))
+
+        def compiled(inputs: Tensors) -> Any:
+            did.append("built")
+            return square().build(inputs)
+
+        contenders = {**toy.contenders, "one": Contender(compiled, compiles=True)}
+        contenders["two"] = contenders["one"]
+        workload = dataclasses.replace(toy, contenders=contenders)
+        run(workload)
+        assert did == ["reset", "built", "built"], "a reset between them would let the first compile again when timed"
+        run(workload, leave_out=lambda contender: contender.compiles)
+        assert did == ["reset", "built", "built"]
+
     def test_a_wrong_answer_is_no_win_and_no_rival(self, toy: Workload) -> None:
         workload = run(toy)["workloads"][0]
         rows = {row["contender"]: row for row in workload["rows"]}
