@@ -2,7 +2,8 @@
 
 The interpreter keeps bfloat16 as uint16 bit patterns. Two of its operations then give wrong numbers: tl.dot
 multiplies the bit patterns as integers, and the cast from float32 truncates where hardware rounds to nearest even.
-Both are replaced here.
+Both are replaced here. Products are summed in float64: numpy's BLAS gives the same row other bits in a matrix of
+other height, on some processors, which no tensor core does.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def install() -> None:
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         if a.dtype.scalar == tl.bfloat16:
             a, b = (TensorHandle(_widen(operand.data), tl.float32) for operand in (a, b))
-        return original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        a, b, wide = (TensorHandle(t.data.astype(np.float64), tl.float64) for t in (a, b, d))
+        total = original_dot(self, a, b, wide, input_precision, max_num_imprecise_acc)
+        return TensorHandle(total.data.astype(d.data.dtype), d.dtype.scalar)
 
     def cast_impl(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
