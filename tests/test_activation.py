@@ -123,6 +123,11 @@ def test_without_gradients_the_larger_of_two_pieces_is_that_of_pytorch(shape, me
     found, expected = maxout(x), torch.maximum(*x.chunk(2, 1))
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert found.is_contiguous(memory_format=memory)
+    if backends.choose(x, cuda="triton") != "reference":
+        with torch.profiler.profile() as profile:
+            maxout(x)
+        ran = {event.key for event in profile.key_averages()}
+        assert ("perfvl::maxout" in ran) == (dtype != torch.float32 and x.numel() > 2**17)
 
 
 def test_one_layer_of_double_width_is_two_layers_and_a_maximum():

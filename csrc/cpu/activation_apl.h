@@ -14,8 +14,8 @@ namespace perfvl {
 namespace PVL_ISA {
 namespace {
 
-// Rows that share what is read of their parameters, and in backward what is written of their sums. More are more places
-// in memory at a time than the processor reads ahead of.
+// Rows that share what is read of their parameters, and in backward what is written of their sums. Eight at a
+// time took backward a third longer where rows lie far apart.
 constexpr int64_t kRows = 4;
 
 // A block of parameters and a part of `outer` are a task; in backward it leaves its sums where `Sums` says.

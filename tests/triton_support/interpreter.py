@@ -2,8 +2,8 @@
 
 The interpreter keeps bfloat16 as uint16 bit patterns. Two of its operations then give wrong numbers: tl.dot
 multiplies the bit patterns as integers, and the cast from float32 truncates where hardware rounds to nearest even.
-Both are replaced here. Products are summed in float64: numpy's BLAS gives the same row other bits in a matrix of
-other height, on some processors, which no tensor core does.
+Both are replaced here. Products are summed in float64, more exactly than on a GPU: in float32 numpy's BLAS gives, on
+some processors, the same row other bits in a matrix of other height, and tiles of two shapes could not be compared.
 """
 
 from __future__ import annotations
