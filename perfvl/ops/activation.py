@@ -59,7 +59,7 @@ def maxout(input: Tensor, pieces: int = 2) -> Tensor:
     if pieces > _MOST_PIECES or not _has_kernel(input):
         return reference.maxout(input, pieces)
     if torch.is_grad_enabled() and input.requires_grad:
-        return _Maxout.apply(input, pieces)
+        return as_given(_Maxout.apply(as_images(input), pieces), _shape_of_maxout(input, pieces))
     # Nothing to keep: PyTorch moves as many bytes, and is called sooner. In 16 bits it takes longer over them.
     if pieces == 2 and input.is_cpu and (input.dtype == torch.float32 or input.numel() < _FEW):
         return torch.maximum(*input.chunk(2, 1))
@@ -100,9 +100,9 @@ def apl(input: Tensor, slope: Tensor, hinge: Tensor) -> Tensor:
     _check_parameters(input, slope, hinge)
     if torch.float64 in (slope.dtype, hinge.dtype) or len(slope) > _MOST_SEGMENTS or not _has_kernel(input):
         return reference.apl(input, slope, hinge)
-    if torch.is_grad_enabled() and (input.requires_grad or slope.requires_grad or hinge.requires_grad):
-        return _Apl.apply(input, slope, hinge)
-    return as_given(_APL(as_images(input), _as_floats(slope), _as_floats(hinge)), input.shape)
+    images = as_images(input), as_images(slope.float()), as_images(hinge.float())
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in images)
+    return as_given(_Apl.apply(*images) if learns else _APL(*images), input.shape)
 
 
 def _check_input(op: str, input: Tensor) -> None:
@@ -144,11 +144,6 @@ def as_given(image: Tensor, shape: Sequence[int]) -> Tensor:
     return image if len(shape) == 4 else image.reshape(shape)
 
 
-def _as_floats(parameter: Tensor) -> Tensor:
-    """[S, C] as [S, C, 1, 1], [S, C, ...] as [S, C, H, W]."""
-    return as_images(parameter.float())
-
-
 def _shape_of_maxout(input: Tensor, pieces: int) -> tuple[int, ...]:
     return (input.shape[0], input.shape[1] // pieces, *input.shape[2:])
 
@@ -158,15 +153,15 @@ class _Maxout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, pieces):
-        output, winner = _MAXOUT(as_images(input), pieces, True)
+        output, winner = _MAXOUT(input, pieces, True)
         ctx.save_for_backward(winner)
-        ctx.pieces, ctx.shape = pieces, input.shape
-        return as_given(output, _shape_of_maxout(input, pieces))
+        ctx.pieces = pieces
+        return output
 
     @staticmethod
     def backward(ctx, grad_output):
         (winner,) = ctx.saved_tensors
-        grad = as_given(_MAXOUT_BACKWARD(as_images(grad_output), winner, ctx.pieces), ctx.shape)
+        grad = _MAXOUT_BACKWARD(grad_output, winner, ctx.pieces)
         # The input was not kept: any tensor that requires a gradient makes the gradient's own an error.
         anchor = [grad.new_empty(0).requires_grad_()] if torch.is_grad_enabled() else []
         return *refuse_second_derivative("maxout", [grad], anchor), None
@@ -178,17 +173,12 @@ class _Apl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, slope, hinge):
         ctx.save_for_backward(input, slope, hinge)
-        return as_given(_APL(as_images(input), _as_floats(slope), _as_floats(hinge)), input.shape)
+        return _APL(input, slope, hinge)
 
     @staticmethod
     def backward(ctx, grad_output):
-        input, slope, hinge = ctx.saved_tensors
-        found = _APL_BACKWARD(as_images(grad_output), as_images(input), _as_floats(slope), _as_floats(hinge))
-        grads = [
-            as_given(grad, t.shape).to(t.dtype) if need else None
-            for grad, t, need in zip(found, (input, slope, hinge), ctx.needs_input_grad, strict=True)
-        ]
-        return tuple(refuse_second_derivative("apl", grads, [input, slope, hinge]))
+        saved = ctx.saved_tensors
+        return tuple(refuse_second_derivative("apl", [*_APL_BACKWARD(grad_output, *saved)], [*saved]))
 
 
 LIBRARY.define("maxout(Tensor input, int pieces, bool with_winner) -> (Tensor output, Tensor winner)")

@@ -120,13 +120,14 @@ def run(
     """The fused op on arguments that `runs_fused`. `parameters`: weight, bias, running mean and variance."""
     settings = (training, float(eps), CODES[activation], float(parameter), order == "after")
     weight, bias, *running = parameters
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        output = _NormAct.apply(input, *parameters, float(momentum), settings)
+    image, learned = as_images(input), (input, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
+        output = _NormAct.apply(image, *parameters, float(momentum), settings)
     else:
-        output = as_given(_run(as_images(input), parameters, float(momentum), settings)[0], input.shape)
+        output = _run(image, parameters, float(momentum), settings)[0]
     if training:  # the op writes through raw pointers, of which autograd's version counters know nothing
         torch.autograd.graph.increment_version([t for t in running if t is not None])
-    return output
+    return as_given(output, input.shape)
 
 
 def _check(
@@ -208,31 +209,21 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, running_mean, running_var, momentum, settings):
         parameters = (weight, bias, running_mean, running_var)
-        output, mean, variance = _run(as_images(input), parameters, momentum, settings)
+        output, mean, variance = _run(input, parameters, momentum, settings)
         ctx.save_for_backward(input, weight, bias, mean, variance)
         ctx.settings = settings
-        return as_given(output, input.shape)
+        return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        input, weight, bias, mean, variance = ctx.saved_tensors
+        saved = ctx.saved_tensors
         need_input, *need_affine = ctx.needs_input_grad[:3]
-        found = _BACKWARD(
-            as_images(grad_output),
-            as_images(input),
-            weight,
-            bias,
-            mean,
-            variance,
-            *ctx.settings,
-            need_input,
-            any(need_affine),
-        )
+        found = _BACKWARD(grad_output, *saved, *ctx.settings, need_input, any(need_affine))
         grads = [
-            as_given(found[0], input.shape) if need_input else None,
+            found[0] if need_input else None,
             *(grad if need else None for grad, need in zip(found[1:], need_affine, strict=True)),
         ]
-        inputs = [t for t in (input, weight, bias) if t is not None]
+        inputs = [t for t in saved[:3] if t is not None]
         return *refuse_second_derivative("norm_act", grads, inputs), None, None, None, None
 
 
