@@ -3,6 +3,8 @@
 // vectors of channels.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/activation.h"
 #include "cpu/vec.h"
 #include "image.h"
@@ -129,10 +131,35 @@ struct Pointwise {
   Vec operator()(Vec x, int64_t c, int64_t lanes) const { return activate(activation, affine(x, c, lanes)); }
 };
 
+// Pixels of channels behind one another, without a decision for every vector. f(0) is 0.
+template <Dtype dtype, class F>
+void stage_dense(const char* from, int64_t step, int64_t count, int64_t channels, const F& f, float* out,
+                 int64_t stride) {
+  constexpr int64_t kBytes = dtype == Dtype::float32 ? 4 : 2;
+  for (int64_t w = 0; w < count; ++w, from += step, out += stride) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) store(out + c, f(read_lanes(dtype, from + c * kBytes, kLanes)));
+    if (c < channels) store(out + c, f(read_lanes(dtype, from + c * kBytes, channels - c)));
+  }
+}
+
 // out[w][c] = f(x[n, c / multiplier, h, w]) for w in [first, first + count); padding channels up to a whole vector are
 // 0.
 inline void stage_pixels(const Image& x, int64_t n, int64_t h, int64_t first, int64_t count, int64_t channels,
                          int64_t multiplier, const Pointwise& f, float* out, int64_t stride) {
+  bool plain = !f.scale && !f.shift && f.activation == Activation::none;
+  bool rectified = !f.scale && !f.shift && f.activation == Activation::relu;
+  if (x.c_stride == 1 && multiplier == 1 && (plain || rectified) && x.dtype != Dtype::float16) {
+    auto stage = [&](auto dtype) {
+      const char* from = at(x, n, 0, h, first);
+      int64_t step = x.w_stride * element_bytes(dtype);
+      if (plain) return stage_dense<dtype>(from, step, count, channels, [](Vec v) { return v; }, out, stride);
+      stage_dense<dtype>(from, step, count, channels, [](Vec v) { return max(Vec{}, v); }, out, stride);
+    };
+    using std::integral_constant;
+    if (x.dtype == Dtype::float32) return stage(integral_constant<Dtype, Dtype::float32>{});
+    return stage(integral_constant<Dtype, Dtype::bfloat16>{});
+  }
   if (x.c_stride == 1 && multiplier == 1) {
     for (int64_t w = 0; w < count; ++w) {
       const char* from = at(x, n, 0, h, first + w);
@@ -151,7 +178,6 @@ inline void stage_pixels(const Image& x, int64_t n, int64_t h, int64_t first, in
   // Another layout: gathered into vectors of channels, a few pixels at a time, so that both sides stay in cache.
   constexpr int64_t kBlock = 16;
   int64_t step = x.w_stride * element_bytes(x.dtype), inner = channels * multiplier;
-  bool plain = !f.scale && !f.shift && f.activation == Activation::none;
   for (int64_t w0 = 0; w0 < count; w0 += kBlock) {
     int64_t w1 = w0 + kBlock < count ? w0 + kBlock : count;
     for (int64_t c = 0; c < inner; c += kLanes) {

@@ -121,24 +121,22 @@ class Forward {
               ceil_div(conv_.inner(), kLanes),
               plan_.inner};
     // 2. The depthwise convolution, rounded as if it were stored, as operand A.
-    Pointwise between{conv_.mid_scale, conv_.mid_shift, conv_.mid};
-    bool plain = !between.scale && !between.shift && between.activation == Activation::none;
-    auto finished = [&](Vec x, int64_t c) {
-      return plain ? x : between(x, c, std::min<int64_t>(kLanes, conv_.inner() - c));
-    };
     typedef typename Product::Element Element;
     auto* left = static_cast<Element*>(s.left);
     int64_t stride = left_stride<Product>(plan_);
-    if constexpr (Product::kValues == 1) {
-      Dtype dtype = conv_.input.dtype;
-      depthwise(taps, s.weights, [&](int64_t pixel, int64_t c, Vec x) {
-        store(left + pixel * stride + c, rounded(dtype, finished(x, c)));
+    auto keep = [left, stride, dtype = conv_.input.dtype](int64_t pixel, int64_t c, Vec x) {
+      if constexpr (Product::kValues == 1)
+        store(left + pixel * stride + c, rounded(dtype, x));
+      else
+        store(left + pixel * stride + c / 2, narrow(Dtype::bfloat16, x));
+    };
+    Pointwise between{conv_.mid_scale, conv_.mid_shift, conv_.mid};
+    if (!between.scale && !between.shift && between.activation == Activation::none)
+      depthwise(taps, s.weights, keep);
+    else
+      depthwise(taps, s.weights, [keep, between, inner = conv_.inner()](int64_t pixel, int64_t c, Vec x) {
+        keep(pixel, c, between(x, c, std::min<int64_t>(kLanes, inner - c)));
       });
-    } else {
-      depthwise(taps, s.weights, [&](int64_t pixel, int64_t c, Vec x) {
-        store(left + pixel * stride + c / 2, narrow(Dtype::bfloat16, finished(x, c)));
-      });
-    }
     // 3. The product, finished and stored tile by tile.
     PanelShape panels = panel_shape(conv_, true);
     Left<Product> a{left, stride, 1};

@@ -271,12 +271,13 @@ class Backward {
     // 2. The depthwise result again, as operand B.
     int64_t total = count * f_.w.out, steps = ceil_div(total, kValues), inner = plan_.inner;
     if constexpr (kValues == 1) {
-      Dtype dtype = f_.input.dtype;
-      depthwise(t, s.weights, [&](int64_t pixel, int64_t c, Vec x) {
-        store(s.depthwise + c / kPanel * steps * kPanel + pixel * kPanel + c % kPanel, rounded(dtype, x));
+      depthwise(t, s.weights, [panels = s.depthwise, steps, dtype = f_.input.dtype](int64_t pixel, int64_t c, Vec x) {
+        store(panels + c / kPanel * steps * kPanel + pixel * kPanel + c % kPanel, rounded(dtype, x));
       });
     } else {
-      depthwise(t, s.weights, [&](int64_t pixel, int64_t c, Vec x) { store(s.pixel_row + pixel * inner + c, x); });
+      depthwise(t, s.weights, [to = s.pixel_row, inner](int64_t pixel, int64_t c, Vec x) {
+        store(to + pixel * inner + c, x);
+      });
       for (int64_t c = 0; c < f_.inner(); c += kLanes)
         for (int64_t p = 0; p < total; p += kValues)
           store_step(s.pixel_row + p * inner + c, inner, p + 1 < total,
@@ -299,7 +300,7 @@ class Backward {
     }
     Taps t{s.rows, 1, f_.w.in, f_.h.kernel, f_.w.kernel, 1, f_.w.dilation, ceil_div(f_.inner(), kLanes), inner};
     float* row = s.pixel_row;
-    depthwise(t, s.flipped, [&](int64_t pixel, int64_t c, Vec x) { store(row + pixel * inner + c, x); });
+    depthwise(t, s.flipped, [=](int64_t pixel, int64_t c, Vec x) { store(row + pixel * inner + c, x); });
     if (f_.multiplier > 1)
       for (int64_t w = 0; w < f_.w.in; ++w)
         for (int64_t c = 0; c < f_.channels; ++c) {
@@ -307,8 +308,9 @@ class Backward {
           for (int64_t j = 0; j < f_.multiplier; ++j) sum += row[w * inner + c * f_.multiplier + j];
           row[w * inner + c] = sum;  // behind everything that is still to be read
         }
-    // 2. Through what comes before the convolution.
-    if (f_.scale || f_.shift || f_.pre != Activation::none) {
+    // 2. Through what comes before the convolution, most often on the way to memory.
+    bool activated = f_.pre != Activation::none, late = !f_.scale && !f_.shift && f_.input.c_stride == 1 && b_.grad_input.c_stride == 1;
+    if (f_.scale || f_.shift || (activated && !late)) {
       float* x = row + pixel_width_ * inner;
       Pointwise plain{nullptr, nullptr, Activation::none}, before{f_.scale, f_.shift, f_.pre};
       stage_pixels(f_.input, n, h, 0, f_.w.in, f_.channels, 1, plain, x, inner);
@@ -338,11 +340,16 @@ class Backward {
     const Image& out = b_.grad_input;
     int64_t inner = plan_.inner, bytes = element_bytes(out.dtype);
     if (out.c_stride == 1) {
+      bool activated = !f_.scale && !f_.shift && f_.pre != Activation::none && f_.input.c_stride == 1;
       for (int64_t w = 0; w < f_.w.in; ++w) {
         char* to = const_cast<char*>(at(out, n, 0, h, w));
-        for (int64_t c = 0; c < f_.channels; c += kLanes)
-          write_lanes(out.dtype, to + c * bytes, load<Vec>(row + w * inner + c),
-                      std::min<int64_t>(kLanes, f_.channels - c));
+        const char* from = at(f_.input, n, 0, h, w);
+        for (int64_t c = 0; c < f_.channels; c += kLanes) {
+          int64_t lanes = std::min<int64_t>(kLanes, f_.channels - c);
+          Vec gradient = load<Vec>(row + w * inner + c);
+          if (activated) gradient = activate_backward(f_.pre, read_lanes(out.dtype, from + c * bytes, lanes), gradient);
+          write_lanes(out.dtype, to + c * bytes, gradient, lanes);
+        }
       }
       return;
     }

@@ -20,7 +20,7 @@ struct Taps {
 // kKernel 0: any kernel, stride and dilation. Else a square one, kStride, no dilation: pixels that neighbours share are
 // loaded once for four of them.
 template <int kKernel, int kStride, class Sink>
-void depthwise_loop(const Taps& t, const float* weights, const Sink& sink) {
+void depthwise_loop(Taps t, const float* weights, Sink sink) {  // copies: stores of the sink cannot change them
   constexpr int kPixels = 4;
   for (int64_t v = 0; v < t.vectors; ++v) {
     int64_t c = v * kLanes;
@@ -35,7 +35,7 @@ void depthwise_loop(const Taps& t, const float* weights, const Sink& sink) {
             constexpr int kWide = (P - 1) * kStride + kKernel;
             Vec seen[kWide];
 #pragma GCC unroll 16
-            for (int j = 0; j < kWide; ++j) seen[j] = load<Vec>(x + j * t.stride);
+            for (int j = 0; j < kWide; ++j) seen[j] = in_register(load<Vec>(x + j * t.stride));
 #pragma GCC unroll 8
             for (int l = 0; l < kKernel; ++l) {
               Vec weight = load<Vec>(weights + (i * kKernel + l) * t.stride + c);
@@ -51,6 +51,7 @@ void depthwise_loop(const Taps& t, const float* weights, const Sink& sink) {
               for (int p = 0; p < P; ++p) sums[p] = fma(weight, load<Vec>(x + p * t.stride_w * t.stride), sums[p]);
             }
         }
+#pragma GCC unroll 4
         for (int p = 0; p < P; ++p) sink(r * t.width + w + p, c, sums[p]);
       };
       int64_t w = 0;
@@ -64,14 +65,16 @@ void depthwise_loop(const Taps& t, const float* weights, const Sink& sink) {
 // sums[tap][c] += gradient[pixel][c] * row[...] over all pixels; the gradient's rows and pixels lie so many floats
 // apart.
 template <int kKernel, int kStride>
-void depthwise_weight_loop(const Taps& t, const float* gradient, int64_t gradient_row, int64_t gradient_pixel,
+void depthwise_weight_loop(Taps t, const float* gradient, int64_t gradient_row, int64_t gradient_pixel,
                            float* sums) {
   constexpr int kPixels = 4;
   for (int64_t v = 0; v < t.vectors; ++v) {
     int64_t c = v * kLanes;
     for (int64_t i = 0; i < t.kernel_h; ++i) {
       if constexpr (kKernel > 0) {
-        Vec total[2][kKernel] = {};  // two chains for each tap: a sum alone would wait for itself
+        // Chains for each tap: a sum alone would wait for itself.
+        constexpr int kChains = kKernel > 3 || kLanes < 16 ? 2 : 4;
+        Vec total[kChains][kKernel] = {};
         for (int64_t r = 0; r < t.count; ++r) {
           const float *x = t.rows[r * t.kernel_h + i] + c, *g = gradient + r * gradient_row + c;
           int64_t w = 0;
@@ -79,12 +82,15 @@ void depthwise_weight_loop(const Taps& t, const float* gradient, int64_t gradien
             constexpr int kWide = (kPixels - 1) * kStride + kKernel;
             Vec seen[kWide];
 #pragma GCC unroll 16
-            for (int j = 0; j < kWide; ++j) seen[j] = load<Vec>(x + (w * kStride + j) * t.stride);
+            for (int j = 0; j < kWide; ++j) seen[j] = in_register(load<Vec>(x + (w * kStride + j) * t.stride));
 #pragma GCC unroll 4
             for (int p = 0; p < kPixels; ++p) {
               Vec upstream = load<Vec>(g + (w + p) * gradient_pixel);
 #pragma GCC unroll 8
-              for (int l = 0; l < kKernel; ++l) total[p % 2][l] = fma(upstream, seen[p * kStride + l], total[p % 2][l]);
+              for (int l = 0; l < kKernel; ++l) {
+                Vec& sum = total[p % kChains][l];
+                sum = fma(upstream, seen[p * kStride + l], sum);
+              }
             }
           }
           for (; w < t.width; ++w) {
@@ -96,7 +102,9 @@ void depthwise_weight_loop(const Taps& t, const float* gradient, int64_t gradien
         }
         for (int l = 0; l < kKernel; ++l) {
           float* sum = sums + (i * kKernel + l) * t.stride + c;
-          store(sum, load<Vec>(sum) + (total[0][l] + total[1][l]));
+          Vec all = total[0][l] + total[1][l];
+          if constexpr (kChains == 4) all = all + (total[2][l] + total[3][l]);
+          store(sum, load<Vec>(sum) + all);
         }
       } else {
         for (int64_t l = 0; l < t.kernel_w; ++l) {

@@ -54,6 +54,13 @@ inline void stream_fence() {
   _mm_sfence();
 #endif
 }
+// What is used more than once is loaded once. GCC would rather make it an operand in memory of every instruction.
+inline Vec in_register(Vec x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline IntVec bits(Vec v) { return (IntVec)v; }
 inline Vec from_bits(IntVec v) { return (Vec)v; }
