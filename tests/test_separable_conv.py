@@ -362,9 +362,11 @@ class TestTheChoiceOfBackend:
         assert self.chosen(128, 256, 74, layout=torch.contiguous_format)
         assert not self.chosen(728, 728, 19, layout=torch.contiguous_format)
 
-    def test_bfloat16_runs_the_kernel_in_wide_layers_and_float16_always(self):
-        assert self.chosen(728, 728, 19, torch.bfloat16)
+    def test_large_maps_in_bfloat16_stay_with_torch_in_inference_and_float16_never(self):
+        assert self.chosen(728, 728, 37, torch.bfloat16)
+        assert self.chosen(384, 64, 14, torch.bfloat16)
         assert not self.chosen(256, 256, 74, torch.bfloat16)
         assert self.chosen(256, 256, 74, torch.bfloat16, learns=True)
+        assert self.chosen(64, 128, 147, torch.bfloat16, learns=True)
         assert not self.chosen(728, 728, 19, torch.bfloat16, torch.contiguous_format)
         assert self.chosen(3, 5, 4, torch.float16, torch.contiguous_format)

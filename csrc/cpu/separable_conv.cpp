@@ -52,11 +52,7 @@ class Forward {
     workers_ = std::min(host.threads, bands_);
     constexpr int64_t kLarge = 4 << 20;  // more than the caches near the cores hold
     const Image& out = conv.output;
-    int64_t bytes = element_bytes(out.dtype);
-    auto words = [&](int64_t elements) { return elements * bytes % 4 == 0; };
-    streams_ = out.c_stride == 1 && words(conv.outputs) && words(out.w_stride) && words(out.h_stride) &&
-               words(out.n_stride) && reinterpret_cast<uintptr_t>(out.data) % 4 == 0 &&
-               conv.pixels() * conv.outputs * bytes > kLarge;
+    streams_ = out.c_stride == 1 && conv.pixels() * conv.outputs * element_bytes(out.dtype) > kLarge;
   }
 
   int64_t scratch_bytes() const {
@@ -178,14 +174,21 @@ class Forward {
           store(x, rounded(out.dtype, load<Vec>(x)));
         }
     Pixel pixel(out, n, column, first, rows.first, conv_.w.out);
-    if (streams_) {
-      for (int64_t r = 0; r < rows.count; ++r, pixel.next())
-        stream_row(out.dtype, pixel.at, tile + r * kPanel, columns);
-    } else if (out.c_stride == 1) {
-      for (int64_t r = 0; r < rows.count; ++r, pixel.next())
-        for (int64_t c = 0; c < columns; c += kLanes)
-          write_lanes(out.dtype, pixel.at + c * bytes, load<Vec>(tile + r * kPanel + c),
-                      std::min<int64_t>(kLanes, columns - c));
+    if (out.c_stride == 1) {
+      auto each = [&](auto put) {
+        for (int64_t r = 0; r < rows.count; ++r, pixel.next())
+          for (int64_t c = 0; c < columns; c += kLanes)
+            put(pixel.at + c * bytes, load<Vec>(tile + r * kPanel + c), std::min<int64_t>(kLanes, columns - c));
+      };
+      Dtype dtype = out.dtype;
+      if (!streams_)
+        each([=](char* to, Vec x, int64_t lanes) { write_lanes(dtype, to, x, lanes); });
+      else if (dtype == Dtype::float32)
+        each([](char* to, Vec x, int64_t lanes) { write_past(Dtype::float32, to, x, lanes, [](Vec v) { return v; }); });
+      else
+        each([=](char* to, Vec x, int64_t lanes) {
+          write_past(dtype, to, x, lanes, [=](Vec v) { return narrow(dtype, v); });
+        });
     } else {
       char* to[kTileRows];
       for (int64_t r = 0; r < rows.count; ++r, pixel.next()) to[r] = pixel.at;
@@ -195,31 +198,12 @@ class Forward {
     }
   }
 
-  // Whole cache lines go past the caches, so that they need not be fetched to be overwritten.
-  static void stream_row(Dtype dtype, char* to, const float* row, int64_t columns) {
-    if (dtype == Dtype::float32) return stream_words(reinterpret_cast<float*>(to), row, columns);
-    HalfVec halves[2] = {};
-    for (int64_t c = 0; c < columns; c += kLanes) halves[c / kLanes] = narrow(dtype, load<Vec>(row + c));
-    float words[kLanes];
-    std::memcpy(words, halves, sizeof words);
-    stream_words(reinterpret_cast<float*>(to), words, columns / 2);
-  }
-
-  // `count` words of four bytes: up to the first whole line, the whole lines, and what is left.
-  static void stream_words(float* to, const float* from, int64_t count) {
-    constexpr int64_t kLine = 16;
-    int64_t at = 0, head = std::min<int64_t>(-(reinterpret_cast<uintptr_t>(to) / 4) % kLine, count);
-    auto copy = [&](int64_t end) {
-      for (; at < end; at += kLanes) {
-        int64_t lanes = std::min<int64_t>(kLanes, end - at);
-        write_lanes(Dtype::float32, to + at, read_lanes(Dtype::float32, from + at, lanes), lanes);
-      }
-      at = end;
-    };
-    copy(head);
-    for (; at + kLine <= count; at += kLine)
-      for (int64_t i = 0; i < kLine; i += kLanes) stream(to + at + i, load<Vec>(from + at + i));
-    copy(count);
+  // Past the caches where a vector lies well, so that what it covers need not be fetched to be overwritten.
+  template <class F>
+  static void write_past(Dtype dtype, char* to, Vec x, int64_t lanes, const F& narrowed) {
+    constexpr size_t kBytes = sizeof(decltype(narrowed(x)));
+    if (lanes < kLanes || reinterpret_cast<uintptr_t>(to) % kBytes) return write_lanes(dtype, to, x, lanes);
+    stream(to, narrowed(x));
   }
 
   // Adds the rows of a tile to the statistics of its columns in this band.

@@ -275,9 +275,8 @@ class Backward {
         store(panels + c / kPanel * steps * kPanel + pixel * kPanel + c % kPanel, rounded(dtype, x));
       });
     } else {
-      depthwise(t, s.weights, [to = s.pixel_row, inner](int64_t pixel, int64_t c, Vec x) {
-        store(to + pixel * inner + c, x);
-      });
+      depthwise(t, s.weights,
+                [to = s.pixel_row, inner](int64_t pixel, int64_t c, Vec x) { store(to + pixel * inner + c, x); });
       for (int64_t c = 0; c < f_.inner(); c += kLanes)
         for (int64_t p = 0; p < total; p += kValues)
           store_step(s.pixel_row + p * inner + c, inner, p + 1 < total,
@@ -308,9 +307,8 @@ class Backward {
           for (int64_t j = 0; j < f_.multiplier; ++j) sum += row[w * inner + c * f_.multiplier + j];
           row[w * inner + c] = sum;  // behind everything that is still to be read
         }
-    // 2. Through what comes before the convolution, most often on the way to memory.
-    bool activated = f_.pre != Activation::none, late = !f_.scale && !f_.shift && f_.input.c_stride == 1 && b_.grad_input.c_stride == 1;
-    if (f_.scale || f_.shift || (activated && !late)) {
+    // 2. Through what comes before the convolution.
+    if (f_.scale || f_.shift || (f_.pre != Activation::none && !activates_late())) {
       float* x = row + pixel_width_ * inner;
       Pointwise plain{nullptr, nullptr, Activation::none}, before{f_.scale, f_.shift, f_.pre};
       stage_pixels(f_.input, n, h, 0, f_.w.in, f_.channels, 1, plain, x, inner);
@@ -332,6 +330,12 @@ class Backward {
     if (b_.grad_input.data) store_row(row, n, h);
   }
 
+  // Whether gradients pass the activation on their way to memory, with the input read where it lies.
+  bool activates_late() const {
+    return f_.pre != Activation::none && !f_.scale && !f_.shift && f_.input.c_stride == 1 &&
+           b_.grad_input.c_stride == 1;
+  }
+
   static void add_lanes(Vec sum, double* total) {
     for (int i = 0; i < kLanes; ++i) total[i] += double(sum[i]);
   }
@@ -340,14 +344,14 @@ class Backward {
     const Image& out = b_.grad_input;
     int64_t inner = plan_.inner, bytes = element_bytes(out.dtype);
     if (out.c_stride == 1) {
-      bool activated = !f_.scale && !f_.shift && f_.pre != Activation::none && f_.input.c_stride == 1;
+      bool late = activates_late();
       for (int64_t w = 0; w < f_.w.in; ++w) {
         char* to = const_cast<char*>(at(out, n, 0, h, w));
         const char* from = at(f_.input, n, 0, h, w);
         for (int64_t c = 0; c < f_.channels; c += kLanes) {
           int64_t lanes = std::min<int64_t>(kLanes, f_.channels - c);
           Vec gradient = load<Vec>(row + w * inner + c);
-          if (activated) gradient = activate_backward(f_.pre, read_lanes(out.dtype, from + c * bytes, lanes), gradient);
+          if (late) gradient = activate_backward(f_.pre, read_lanes(out.dtype, from + c * bytes, lanes), gradient);
           write_lanes(out.dtype, to + c * bytes, gradient, lanes);
         }
       }

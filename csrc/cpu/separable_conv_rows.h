@@ -65,8 +65,7 @@ void depthwise_loop(Taps t, const float* weights, Sink sink) {  // copies: store
 // sums[tap][c] += gradient[pixel][c] * row[...] over all pixels; the gradient's rows and pixels lie so many floats
 // apart.
 template <int kKernel, int kStride>
-void depthwise_weight_loop(Taps t, const float* gradient, int64_t gradient_row, int64_t gradient_pixel,
-                           float* sums) {
+void depthwise_weight_loop(Taps t, const float* gradient, int64_t gradient_row, int64_t gradient_pixel, float* sums) {
   constexpr int kPixels = 4;
   for (int64_t v = 0; v < t.vectors; ++v) {
     int64_t c = v * kLanes;

@@ -7,6 +7,7 @@ their fakes, the CUDA implementation.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -377,18 +378,17 @@ def _fuses(
 def _is_faster(input: Tensor, pointwise_weight: Tensor, layer: Layer, learns: bool) -> bool:
     """CPU: not where oneDNN is faster, by benchmarks/results.
 
-    That is where little is saved beside a product that oneDNN does as well: in bfloat16, and in NCHW, which has to be
-    turned into channels_last and back.
+    That is where little is saved beside a product that oneDNN does as well: for large maps in bfloat16 without
+    gradients, and in NCHW, which has to be turned into channels_last and back.
     """
-    products = pointwise_weight.shape[0] * pointwise_weight.shape[1]
+    outputs, products = pointwise_weight.shape[0], pointwise_weight.shape[0] * pointwise_weight.shape[1]
     if input.dtype == torch.float16:
         return True
     if not is_channels_last(input):
         return input.dtype == torch.float32 and products <= 1 << 16
-    if input.dtype == torch.float32:
+    if input.dtype == torch.float32 or learns:
         return True
-    pixels = layer.output_size[0] * layer.output_size[1]
-    return products >= (1 << 16 if learns else 1 << 19) and (not learns or pixels >= 256)
+    return products >= 1 << 19 or input.shape[0] * outputs * math.prod(layer.output_size) <= 1 << 20
 
 
 def _apply(layer, input, norm, depthwise_weight, pointwise_weight, bias, statistics):
