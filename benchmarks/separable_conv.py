@@ -8,6 +8,7 @@ layout it likes best, except where the workload is NCHW: there a conversion is p
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -249,6 +250,7 @@ XCEPTION = [
 MOBILENET_V2 = [(32, 16, 112, 1), (96, 24, 112, 2), (144, 24, 56, 1), (192, 32, 28, 1), (384, 64, 14, 1)]
 MOBILENET_V2 += [(576, 96, 14, 1), (960, 160, 7, 1)]
 EFFICIENTNET_B0 = [(144, 40, 56, 2), (240, 40, 28, 1), (480, 112, 14, 1), (672, 112, 14, 1), (1152, 192, 7, 1)]
+KINDS = tuple(itertools.product(DTYPES, (False, True)))
 KERNELBENCH = {
     82: ((16, 64, 512, 512), (3, 3)),
     83: ((64, 8, 512, 512), (3, 1)),
@@ -262,16 +264,16 @@ def _all() -> list[Workload]:
     for c, o, size in XCEPTION:
         batch = 64 if ON_GPU else 1 if size == 147 else 4
         quick = (c, o) == (728, 728) and size == 19
-        for backward, dtype in ((False, "float32"), (True, "float32"), (True, "bfloat16")):
+        for dtype, backward in KINDS:
             layer = functools.partial(workload, "Xception", c, o, size, batch=batch, quick=quick)
             found.append(layer(backward=backward, dtype=dtype))
-    for backward in (False, True):
+    for dtype, backward in KINDS:
         for c, o, size, stride in MOBILENET_V2:
             layer = functools.partial(workload, "MobileNetV2", c, o, size, batch=64 if ON_GPU else 4)
-            found.append(layer(stride=stride, backward=backward))
+            found.append(layer(stride=stride, backward=backward, dtype=dtype))
         for c, o, size, stride in EFFICIENTNET_B0:
             layer = functools.partial(workload, "EfficientNet-B0", c, o, size, batch=64 if ON_GPU else 4, kernel=5)
-            found.append(layer(stride=stride, backward=backward))
+            found.append(layer(stride=stride, backward=backward, dtype=dtype))
     size, batch = (512, 16) if ON_GPU else (256, 1)
     found.append(workload("KernelBench level 1, 86", 64, 128, size, batch=batch, layout="NCHW"))
     found.append(block_workload(728, 19, 64 if ON_GPU else 4, quick=True))
