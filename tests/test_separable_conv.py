@@ -189,6 +189,21 @@ def test_statistics_are_those_of_the_stored_output_however_far_from_zero(isa_lev
     torch.testing.assert_close(variance.double(), expected_variance, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outputs", [48, 44, 45])
+def test_an_output_larger_than_the_caches_is_that_of_nchw(isa_level, dtype, outputs):
+    """In channels_last it goes past them, where its vectors lie well; in NCHW it never does."""
+    shapes = ((2, 8, 160, 160), (8, 1, 3, 3), (outputs, 8, 1, 1))
+    x, depthwise, pointwise = ((torch.randn(shape) / 3).to(dtype) for shape in shapes)
+    written = pf.separable_conv2d(x.to(memory_format=torch.channels_last), depthwise, pointwise, padding=1)
+    assert written.nbytes > 4 << 20
+    assert written.is_contiguous(memory_format=torch.channels_last)
+    if HAS_KERNELS:
+        assert torch.equal(written, pf.separable_conv2d(x, depthwise, pointwise, padding=1))
+    truth = F.conv2d(F.conv2d(x.double(), depthwise.double(), padding=1, groups=8), pointwise.double())
+    torch.testing.assert_close(written.double(), truth, rtol=2e-2, atol={torch.float32: 1e-5}.get(dtype, 5e-2))
+
+
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (1, 2), (0, 2), (0, 1, 2)])
 def test_gradients_through_any_of_output_mean_and_variance(used):
     def only(function):
@@ -366,6 +381,8 @@ class TestTheChoiceOfBackend:
         assert self.chosen(728, 728, 37, torch.bfloat16)
         assert self.chosen(384, 64, 14, torch.bfloat16)
         assert not self.chosen(256, 256, 74, torch.bfloat16)
+        assert not self.chosen(64, 16, 112, torch.bfloat16)
+        assert not self.chosen(32, 16, 112, torch.bfloat16, learns=True)
         assert self.chosen(256, 256, 74, torch.bfloat16, learns=True)
         assert self.chosen(64, 128, 147, torch.bfloat16, learns=True)
         assert not self.chosen(728, 728, 19, torch.bfloat16, torch.contiguous_format)

@@ -379,16 +379,19 @@ def _is_faster(input: Tensor, pointwise_weight: Tensor, layer: Layer, learns: bo
     """CPU: not where oneDNN is faster, by benchmarks/results.
 
     That is where little is saved beside a product that oneDNN does as well: for large maps in bfloat16 without
-    gradients, and in NCHW, which has to be turned into channels_last and back.
+    gradients, or of few channels, and in NCHW, which has to be turned into channels_last and back.
     """
     outputs, products = pointwise_weight.shape[0], pointwise_weight.shape[0] * pointwise_weight.shape[1]
     if input.dtype == torch.float16:
         return True
     if not is_channels_last(input):
         return input.dtype == torch.float32 and products <= 1 << 16
-    if input.dtype == torch.float32 or learns:
+    if input.dtype == torch.float32:
         return True
-    return products >= 1 << 19 or input.shape[0] * outputs * math.prod(layer.output_size) <= 1 << 20
+    if learns:
+        return products >= 1 << 10
+    elements = max(input.numel(), input.shape[0] * outputs * math.prod(layer.output_size))
+    return products >= 1 << 19 or elements <= 1 << 20
 
 
 def _apply(layer, input, norm, depthwise_weight, pointwise_weight, bias, statistics):
