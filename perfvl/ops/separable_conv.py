@@ -146,40 +146,43 @@ def check_layer(
     check_tensor(op, "input", input, 4, input)
     check_tensor(op, "depthwise_weight", depthwise_weight, 4, input)
     check_tensor(op, "pointwise_weight", pointwise_weight, 4, input)
-    channels, inner = input.shape[1], depthwise_weight.shape[0]
-    if channels == 0 or inner == 0 or inner % channels or depthwise_weight.shape[1] != 1:
+    _, channels, height, width = input.shape
+    inner, inputs, kernel_height, kernel_width = depthwise_weight.shape
+    outputs, *others = pointwise_weight.shape
+    if channels == 0 or inner == 0 or inner % channels or inputs != 1:
         expected = f"({channels} m, 1, kh, kw) for an input of {channels} channels"
         bad_value(op, "depthwise_weight", f"shape {tuple(depthwise_weight.shape)}", expected)
-    if pointwise_weight.shape[1:] != (inner, 1, 1) or pointwise_weight.shape[0] == 0:
+    if others != [inner, 1, 1] or outputs == 0:
         bad_value(op, "pointwise_weight", f"shape {tuple(pointwise_weight.shape)}", f"(O, {inner}, 1, 1)")
     if bias is not None:
         check_tensor(op, "bias", bias, 1, input)
-        if bias.shape[0] != pointwise_weight.shape[0]:
-            bad_value(op, "bias", f"shape {tuple(bias.shape)}", f"({pointwise_weight.shape[0]},)")
-    for name, value in (("pre_activation", pre_activation), ("activation", activation)):
-        check_name(op, name, value, ACTIVATIONS)
+        if bias.shape[0] != outputs:
+            bad_value(op, "bias", f"shape {tuple(bias.shape)}", f"({outputs},)")
+    check_name(op, "pre_activation", pre_activation, ACTIVATIONS)
+    check_name(op, "activation", activation, ACTIVATIONS)
     strides, dilations = _pair(op, "stride", stride, 1), _pair(op, "dilation", dilation, 1)
-    size, kernel = input.shape[2:], depthwise_weight.shape[2:]
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    pad = _pad(op, padding, strides, reach, size)
-    padded = (size[0] + pad[0] + pad[1], size[1] + pad[2] + pad[3])
-    if 0 in kernel or padded[0] < reach[0] or padded[1] < reach[1]:
-        got = f"a kernel of {tuple(kernel)} that reaches over {tuple(reach)} pixels"
+    # Height and width by name: loops over the two would take as long as the rest of the checks.
+    reach = dilations[0] * (kernel_height - 1) + 1, dilations[1] * (kernel_width - 1) + 1
+    pad = _pad(op, padding, strides, reach, (height, width))
+    padded = height + pad[0] + pad[1], width + pad[2] + pad[3]
+    if kernel_height == 0 or kernel_width == 0 or padded[0] < reach[0] or padded[1] < reach[1]:
+        got = f"a kernel of {(kernel_height, kernel_width)} that reaches over {reach} pixels"
         bad_value(op, "depthwise_weight", got, f"at least one pixel, and at most the padded input's {padded}")
-    output_size = tuple((p - r) // s + 1 for p, r, s in zip(padded, reach, strides, strict=True))
+    output_size = (padded[0] - reach[0]) // strides[0] + 1, (padded[1] - reach[1]) // strides[1] + 1
     return Layer(output_size, strides, pad, dilations, pre_activation, activation)
 
 
 def _pair(op: str, name: str, value: Any, least: int) -> list[int]:
     pair = list(value) if isinstance(value, (tuple, list)) else [value, value]
-    if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in pair):
-        bad_type(op, name, repr(value), "an int or a tuple of ints")
+    for v in pair:
+        if not isinstance(v, (int, torch.SymInt)) or isinstance(v, bool):
+            bad_type(op, name, repr(value), "an int or a tuple of ints")
     if len(pair) != 2 or min(pair) < least:
         bad_value(op, name, repr(value), f"an int of at least {least}, or two (height, width)")
     return pair
 
 
-def _pad(op: str, padding: object, stride: list[int], reach: list[int], size: torch.Size) -> list[int]:
+def _pad(op: str, padding: object, stride: list[int], reach: tuple[int, int], size: tuple[int, int]) -> list[int]:
     """Pixels at the top, bottom, left and right."""
     if isinstance(padding, str):
         if padding == "valid":
