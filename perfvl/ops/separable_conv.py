@@ -173,6 +173,8 @@ def check_layer(
 
 
 def _pair(op: str, name: str, value: Any, least: int) -> list[int]:
+    if type(value) is int and value >= least:
+        return [value, value]
     pair = list(value) if isinstance(value, (tuple, list)) else [value, value]
     for v in pair:
         if not isinstance(v, (int, torch.SymInt)) or isinstance(v, bool):

@@ -11,9 +11,9 @@ from perfvl.reference.activation import ACTIVATIONS
 
 def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """``x * scale[c] + shift[c]`` in the wider dtype, rounded once to that of `x` [N, C, H, W]."""
-    wide = x
-    if scale is not None:
-        wide = wide * scale.reshape(1, -1, 1, 1)
+    if scale is None and shift is None:
+        return x
+    wide = x if scale is None else x * scale.reshape(1, -1, 1, 1)
     if shift is not None:
         wide = wide + shift.reshape(1, -1, 1, 1)
     return wide.to(x.dtype)
