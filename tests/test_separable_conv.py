@@ -204,6 +204,18 @@ def test_an_output_larger_than_the_caches_is_that_of_nchw(isa_level, dtype, outp
     torch.testing.assert_close(written.double(), truth, rtol=2e-2, atol={torch.float32: 1e-5}.get(dtype, 5e-2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_too_many_for_each_worker_to_pack_them_alone(isa_level, dtype):
+    shapes = ((3, 400, 6, 5), (400, 1, 3, 3), (401, 400, 1, 1))
+    x, depthwise, pointwise = (
+        (torch.randn(shape) / scale).to(dtype) for shape, scale in zip(shapes, (1, 3, 20), strict=True)
+    )
+    assert pointwise.nbytes > 256 << 10
+    found = pf.separable_conv2d(x.to(memory_format=torch.channels_last), depthwise, pointwise, padding=1)
+    truth = F.conv2d(F.conv2d(x.double(), depthwise.double(), padding=1, groups=400), pointwise.double())
+    torch.testing.assert_close(found.double(), truth, rtol=2e-2, atol={torch.float32: 1e-5}.get(dtype, 5e-2))
+
+
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (1, 2), (0, 2), (0, 1, 2)])
 def test_gradients_through_any_of_output_mean_and_variance(used):
     def only(function):

@@ -31,7 +31,7 @@ void join(double before, double& mean, double& squares, double more, double othe
 
 struct ForwardScratch {
   void* panels;
-  float* weights;  // [tap][inner]
+  float* weights;  // [tap][inner]; both shared where they are large
   Statistics statistics;
   float* staged;
   const float** rows;
@@ -50,6 +50,11 @@ class Forward {
       : conv_(conv), plan_(make_plan(conv, conv.w.out * staged_channels(conv.inner()))), host_(host) {
     bands_ = conv.batch * ceil_div(conv.h.out, plan_.band);
     workers_ = std::min(host.threads, bands_);
+    // Small weights every worker packs for itself: sooner than all have waited for each other and fetched from each
+    // other's caches what each has packed.
+    constexpr int64_t kSmall = 256 << 10;
+    PanelShape panels = panel_shape(conv, true);
+    packs_alone_ = panels.panels() * panels.panel<Product>() * int64_t(sizeof(typename Product::Element)) <= kSmall;
     constexpr int64_t kLarge = 4 << 20;  // more than the caches near the cores hold
     const Image& out = conv.output;
     streams_ = out.c_stride == 1 && conv.pixels() * conv.outputs * element_bytes(out.dtype) > kLarge;
@@ -64,13 +69,21 @@ class Forward {
   void run(void* base) const {
     PanelShape panels = panel_shape(conv_, true);
     ForwardScratch shared = scratch(base, 0);
-    auto* packed = static_cast<typename Product::Element*>(shared.panels);
-    host_.parallel(panels.panels(),
-                   [&](int64_t i) { pack_panel<Product>(conv_, true, i, packed + i * panels.panel<Product>()); });
-    pack_depthwise(conv_, plan_.inner, false, shared.weights);
+    auto pack = [&](const ForwardScratch& s, int64_t i) {
+      auto* packed = static_cast<typename Product::Element*>(s.panels);
+      pack_panel<Product>(conv_, true, i, packed + i * panels.panel<Product>());
+    };
+    if (!packs_alone_) {
+      host_.parallel(panels.panels(), [&](int64_t i) { pack(shared, i); });
+      pack_depthwise(conv_, plan_.inner, false, shared.weights);
+    }
     std::vector<Statistics> statistics(workers_);
     host_.parallel(workers_, [&](int64_t worker) {
       ForwardScratch s = scratch(base, worker);
+      if (packs_alone_) {
+        for (int64_t i = 0; i < panels.panels(); ++i) pack(s, i);
+        pack_depthwise(conv_, plan_.inner, false, s.weights);
+      }
       StagedRows staged(conv_, plan_, s.staged, s.rows);
       for (int64_t i = bands_ * worker / workers_; i < bands_ * (worker + 1) / workers_; ++i) {
         int64_t per_image = ceil_div(conv_.h.out, plan_.band), first = i % per_image * plan_.band;
@@ -88,10 +101,12 @@ class Forward {
     Arena arena(base);
     ForwardScratch s{};
     PanelShape panels = panel_shape(conv_, true);
-    s.panels = arena.take<typename Product::Element>(panels.panels() * panels.panel<Product>());
-    s.weights = arena.take<float>(conv_.h.kernel * conv_.w.kernel * plan_.inner);
     int64_t columns = conv_.mean ? panels.panels() * kPanel : 0;
     for (int64_t i = 0; i <= worker; ++i) {
+      if (i == 0 || packs_alone_) {
+        s.panels = arena.take<typename Product::Element>(panels.panels() * panels.panel<Product>());
+        s.weights = arena.take<float>(conv_.h.kernel * conv_.w.kernel * plan_.inner);
+      }
       s.statistics.first = arena.take<float>(columns);
       s.statistics.mean = arena.take<float>(columns);
       s.statistics.squares = arena.take<float>(columns);
@@ -255,7 +270,7 @@ class Forward {
   Plan plan_;
   const Host& host_;
   int64_t bands_, workers_;
-  bool streams_;
+  bool packs_alone_, streams_;
 };
 
 // f(Product) for what multiplies the operands of this dtype best.
