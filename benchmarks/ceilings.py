@@ -13,7 +13,8 @@ from .timing import clock_for
 
 def measure_ceilings(device: torch.device, *, seconds: float = 0.5) -> dict[str, float]:
     """Best copy bandwidth (bytes read plus written) and best square matrix product rate in float32, bfloat16, and on a
-    GPU TF32.
+    GPU TF32. On the CPU the better of the two libraries that PyTorch has for products: its BLAS is not made for every
+    processor.
 
     Best, not median: a ceiling that noise had lowered would flatter every fraction computed from it. The float32 rate
     is that of torch's current matmul precision setting. A workload whose inputs stay in cache may exceed the copy
@@ -24,8 +25,9 @@ def measure_ceilings(device: torch.device, *, seconds: float = 0.5) -> dict[str,
     ceilings = {"bytes_per_second": copy.work / _best(copy.call, device, seconds)}
     for dtype in (torch.float32, torch.bfloat16):
         product = _product(8192 if on_gpu else 2048, dtype, device)
+        rivals = [product] if on_gpu else [product, _convolution(2048, dtype)]
         name = f"{str(dtype).removeprefix('torch.')}_flops_per_second"
-        ceilings[name] = product.work / _best(product.call, device, seconds)
+        ceilings[name] = max(rival.work / _best(rival.call, device, seconds) for rival in rivals)
         if on_gpu and dtype == torch.float32:
             before = torch.backends.cuda.matmul.allow_tf32
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -58,6 +60,15 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> _Task:
     left = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(left)
     return _Task(lambda: torch.mm(left, left, out=out), 2 * size**3)
+
+
+def _convolution(size: int, dtype: torch.dtype) -> _Task:
+    """The same product as pixels of channels by a 1x1 convolution's weights."""
+    pixels, weights = (
+        torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((1, size, 32, size // 32), (size, size, 1, 1))
+    )
+    return _Task(lambda: torch.conv2d(pixels, weights), 2 * size**3)
 
 
 def _best(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
