@@ -230,7 +230,7 @@ def run(
         post = Affine(None, bias)
     learns = _learns(input, depthwise_weight, *mid, pointwise_weight, *post, residual)
     between = mid is not NO_AFFINE or mid_activation != "none" or post.scale is not None
-    fuses = _fuses(input, depthwise_weight, pointwise_weight, learns=learns, alone=not between)
+    fuses = _fuses(input, depthwise_weight, pointwise_weight, alone=not between)
     if not fuses or (between and learns):
         return _reference(
             layer, input, NO_AFFINE, depthwise_weight, mid, mid_activation, pointwise_weight, post, residual
@@ -272,7 +272,7 @@ def run_with_statistics(
     """
     input, depthwise_weight, pointwise_weight, bias = _cast(input, depthwise_weight, pointwise_weight, bias)
     learns = _learns(input, *norm, depthwise_weight, pointwise_weight, bias)
-    if not _fuses(input, depthwise_weight, pointwise_weight, learns=learns, alone=False):
+    if not _fuses(input, depthwise_weight, pointwise_weight, alone=False):
         post = Affine(None, bias)
         y = _reference(layer, input, norm, depthwise_weight, NO_AFFINE, "none", pointwise_weight, post, None)
         return y, *reference.channel_statistics(y)
@@ -370,25 +370,19 @@ def has_kernel(input: Tensor) -> bool:
     return backends.choose(input, cuda="native") != "reference"
 
 
-def _fuses(input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, *, learns: bool, alone: bool) -> bool:
+def _fuses(input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, *, alone: bool) -> bool:
     """Whether the kernels run. `alone`: no batch norm joins the convolutions, which would save passes of its own."""
     if input.numel() == 0 or not has_kernel(input) or depthwise_weight.shape[2] * depthwise_weight.shape[3] > 8192:
         return False
-    return not alone or not input.is_cpu or _is_faster(input, pointwise_weight, learns)
+    return not alone or not input.is_cpu or _is_faster(input, pointwise_weight)
 
 
-def _is_faster(input: Tensor, pointwise_weight: Tensor, learns: bool) -> bool:
-    """CPU: not where oneDNN is faster, by benchmarks/results.
-
-    That is in NCHW, which has to be turned into channels_last and back beside a large product; and in bfloat16 where
-    layers of very few channels learn.
-    """
-    products = pointwise_weight.shape[0] * pointwise_weight.shape[1]
-    if input.dtype == torch.float16:
+def _is_faster(input: Tensor, pointwise_weight: Tensor) -> bool:
+    """CPU: not where oneDNN is faster, by benchmarks/results: in NCHW, which has to be turned into channels_last and
+    back, beside a large product, and in bfloat16."""
+    if input.dtype == torch.float16 or is_channels_last(input):
         return True
-    if not is_channels_last(input):
-        return input.dtype == torch.float32 and products <= 1 << 16
-    return input.dtype == torch.float32 or not learns or products >= 1 << 10
+    return input.dtype == torch.float32 and pointwise_weight.shape[0] * pointwise_weight.shape[1] <= 1 << 16
 
 
 def _apply(layer, input, norm, depthwise_weight, pointwise_weight, bias, statistics):
