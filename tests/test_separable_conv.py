@@ -36,6 +36,14 @@ def isa_level(request):
 
 
 @pytest.fixture
+def only_kernels(monkeypatch):
+    """Plain PyTorch, were it asked instead, would be an error."""
+    if HAS_KERNELS:
+        monkeypatch.setattr(separable_conv, "_AMX", False)
+        monkeypatch.setattr(separable_conv, "_reference", None)
+
+
+@pytest.fixture
 def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
@@ -191,7 +199,7 @@ def test_statistics_are_those_of_the_stored_output_however_far_from_zero(isa_lev
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("outputs", [48, 44, 45])
-def test_an_output_larger_than_the_caches_is_that_of_nchw(isa_level, dtype, outputs):
+def test_an_output_larger_than_the_caches_is_that_of_nchw(isa_level, only_kernels, dtype, outputs):
     """In channels_last it goes past them, where its vectors lie well; in NCHW it never does."""
     shapes = ((2, 8, 160, 160), (8, 1, 3, 3), (outputs, 8, 1, 1))
     x, depthwise, pointwise = ((torch.randn(shape) / 3).to(dtype) for shape in shapes)
@@ -205,7 +213,7 @@ def test_an_output_larger_than_the_caches_is_that_of_nchw(isa_level, dtype, outp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_too_many_for_each_worker_to_pack_them_alone(isa_level, dtype):
+def test_weights_too_many_for_each_worker_to_pack_them_alone(isa_level, only_kernels, dtype):
     shapes = ((3, 400, 6, 5), (400, 1, 3, 3), (401, 400, 1, 1))
     x, depthwise, pointwise = (
         (torch.randn(shape) / scale).to(dtype) for shape, scale in zip(shapes, (1, 3, 20), strict=True)
